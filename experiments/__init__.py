@@ -1,0 +1,1 @@
+"""Registered experiments; each module imports config and registry only."""

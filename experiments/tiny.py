@@ -1,0 +1,121 @@
+"""Runs of minutes on a laptop CPU.
+
+    python -m v3jax.train --exp=v3_tiny --workdir=runs/v3_tiny
+
+The whole recipe on real text: MLA, 16 routed experts in 4 groups with the loss-free bias, one MTP
+module and every schedule of the report scaled to the run's length.
+"""
+
+from dataclasses import replace
+
+from experiments.v3 import EMBEDDED_SOURCES, scaled_to, v3_full
+from v3jax.config import (
+    BatchConfig,
+    ExperimentConfig,
+    LrPhase,
+    MeshConfig,
+    ModelConfig,
+    NumericsConfig,
+)
+from v3jax.registry import register
+
+
+@register
+def v3_tiny() -> ExperimentConfig:
+    """About 10M parameters on real text, about two minutes on two CPU cores."""
+    full = v3_full()
+    cfg = replace(
+        full,
+        name="v3_tiny",
+        model=replace(
+            full.model,
+            vocab_size=4096,
+            dim=256,
+            n_layers=4,
+            n_dense_layers=1,
+            n_heads=4,
+            q_latent_dim=96,
+            kv_latent_dim=64,
+            nope_head_dim=32,
+            rope_head_dim=16,
+            v_head_dim=32,
+            dense_ffn_dim=768,
+            expert_ffn_dim=96,
+            n_experts=16,
+            top_k=4,
+            n_groups=4,
+            top_groups=2,
+            init_std=0.006,
+        ),
+        numerics=replace(full.numerics, compute="fp32", remat="none"),
+        mesh=MeshConfig(),
+        data=replace(
+            full.data,
+            sources=tuple(replace(s, max_mb=min(s.max_mb, 8 * s.weight)) for s in EMBEDDED_SOURCES),
+            seq_len=256,
+            heldout_fraction=0.05,
+            tokenizer_vocab_size=4096,
+        ),
+        batch=BatchConfig(micro_batch=8, start=8, end=16, ramp_tokens=full.batch.ramp_tokens),
+        optim=replace(
+            full.optim,
+            warmup_steps=20,
+            phases=tuple(
+                replace(phase, lr=phase.lr * 10)  # a 10M model takes a ten times higher rate
+                for phase in full.optim.phases
+            ),
+            ema_decay=0.98,
+        ),
+        # The bias must travel as far in a few hundred steps as the report's in 227,000.
+        balance=replace(full.balance, bias_speed=((14.3e12, 0.005), (14.8e12, 0.0))),
+        run=replace(full.run, eval_every=50, eval_sequences=64, checkpoint_every=50),
+    )
+    return scaled_to(cfg, 1.0e6)
+
+
+@register
+def v3_peer() -> ExperimentConfig:
+    """The shapes MaxText 0.2.5 was measured on: synthetic data, FP32, for speed alone."""
+    tiny = v3_tiny()
+    tokens = 40 * 8 * 256
+    return replace(
+        tiny,
+        name="v3_peer",
+        model=ModelConfig(
+            vocab_size=4096,
+            dim=256,
+            n_layers=4,
+            n_dense_layers=1,
+            n_heads=4,
+            q_latent_dim=96,
+            kv_latent_dim=64,
+            nope_head_dim=32,
+            rope_head_dim=16,
+            v_head_dim=32,
+            dense_ffn_dim=1024,
+            expert_ffn_dim=128,
+            n_shared_experts=1,
+            n_experts=8,
+            top_k=2,
+            n_groups=1,
+            top_groups=1,
+            route_scale=2.5,
+            mtp_depth=0,
+            norm_eps=1e-6,
+            rope_base=10_000.0,
+            yarn=None,
+            init_std=0.006,
+        ),
+        numerics=NumericsConfig(compute="fp32", moments="fp32", remat="none"),
+        data=replace(tiny.data, fim_rate=0.0, newline_split_rate=0.0, synthetic=True),
+        batch=BatchConfig(micro_batch=8, start=8, end=8, ramp_tokens=0.0),
+        optim=replace(
+            tiny.optim,
+            warmup_steps=4,
+            phases=(LrPhase(shape="constant", until_tokens=tokens, lr=3e-5),),
+            ema_decay=None,
+        ),
+        balance=replace(tiny.balance, bias_speed=((tokens, 0.001),), sequence_alpha=0.0),
+        mtp_weight=((tokens, 0.3),),
+        run=replace(tiny.run, total_tokens=tokens, eval_every=0, checkpoint_every=0),
+    )

@@ -1,0 +1,171 @@
+"""DeepSeek-V3 as the technical report (arXiv 2412.19437) states it.
+
+    python -m v3jax.train --exp=v3_full            # on the pod of its mesh: 2048 accelerators
+    python -m v3jax.cost --exp=v3_full             # tokens, steps, FLOPs, GPU hours
+    python -m v3jax.train --exp=v3_small           # about 100M parameters, one GPU
+
+Values the report leaves open are marked "ours".
+"""
+
+from dataclasses import replace
+
+from v3jax.config import (
+    BalanceConfig,
+    BatchConfig,
+    DataConfig,
+    ExperimentConfig,
+    LrPhase,
+    MeshConfig,
+    ModelConfig,
+    NumericsConfig,
+    OptimConfig,
+    RunConfig,
+    SourceConfig,
+)
+from v3jax.registry import register
+
+# What every Python installation carries, read in place. Weights are ours.
+EMBEDDED_SOURCES = (
+    SourceConfig(name="stdlib", weight=0.45, max_mb=40.0),
+    SourceConfig(name="pydoc_topics", weight=0.05, max_mb=2.0),
+    SourceConfig(name="package:jax", weight=0.15, max_mb=20.0),
+    SourceConfig(name="package:numpy", weight=0.15, max_mb=20.0),
+    SourceConfig(name="package:scipy", weight=0.20, max_mb=30.0),
+)
+
+
+@register
+def v3_full() -> ExperimentConfig:
+    """DeepSeek-V3, 671B parameters, 14.8T tokens, on 2048 accelerators."""
+    return ExperimentConfig(
+        name="v3_full",
+        model=ModelConfig(
+            vocab_size=129_280,  # 128,815 ids padded to a multiple of 640 (released checkpoint)
+            dim=7168,  # section 4.2, model hyper-parameters, down to mtp_depth
+            n_layers=61,
+            n_dense_layers=3,
+            n_heads=128,
+            q_latent_dim=1536,
+            kv_latent_dim=512,
+            nope_head_dim=128,
+            rope_head_dim=64,
+            v_head_dim=128,
+            dense_ffn_dim=18_432,
+            expert_ffn_dim=2048,
+            n_shared_experts=1,
+            n_experts=256,
+            top_k=8,
+            n_groups=8,  # one group a node, section 3.2.2
+            top_groups=4,
+            route_scale=2.5,  # released config
+            mtp_depth=1,
+            norm_eps=1e-6,  # released config
+            rope_base=10_000.0,
+            yarn=None,  # from section 4.3 on only
+            init_std=0.006,
+        ),
+        numerics=NumericsConfig(
+            compute="bf16", moments="bf16", remat="report"
+        ),  # sections 3.2.3, 3.3.3
+        mesh=MeshConfig(pipe=16, data=2, node=8, expert=8),  # section 3.2: PP16, EP64 over 8 nodes
+        data=DataConfig(
+            sources=EMBEDDED_SOURCES,  # a pod run names its own shards by data.path
+            seq_len=4096,  # section 4.2
+            heldout_fraction=0.001,  # ours
+            fim_rate=0.1,  # section 4.1
+            newline_split_rate=0.1,  # section 4.1 says "a certain proportion"; 0.1 is ours
+            tokenizer_vocab_size=128_815,  # section 4.1: 128K, with the special tokens
+        ),
+        batch=BatchConfig(
+            micro_batch=128,  # one sequence for each of the 128 data-parallel ranks
+            start=3072,  # section 4.2
+            end=15_360,
+            ramp_tokens=469e9,
+        ),
+        optim=OptimConfig(
+            beta1=0.9,  # section 4.2
+            beta2=0.95,
+            eps=1e-8,  # ours
+            weight_decay=0.1,
+            clip_norm=1.0,
+            warmup_steps=2000,
+            phases=(
+                LrPhase(shape="constant", until_tokens=10e12, lr=2.2e-4),
+                LrPhase(shape="cosine", until_tokens=14.3e12, lr=2.2e-5),  # 4.3T tokens
+                LrPhase(shape="constant", until_tokens=14.633e12, lr=2.2e-5),  # 333B
+                LrPhase(shape="constant", until_tokens=14.8e12, lr=7.3e-6),  # 167B
+            ),
+            ema_decay=0.999,  # section 3.2.3 keeps an EMA; its decay is ours
+        ),
+        balance=BalanceConfig(
+            strategy="loss_free",
+            bias_speed=((14.3e12, 0.001), (14.8e12, 0.0)),  # section 4.2
+            sequence_alpha=0.0001,
+            aux_alpha=0.001,  # the baseline of section 4.5.2, strength from DeepSeek-V2-Lite
+        ),
+        mtp_weight=((10e12, 0.3), (14.8e12, 0.1)),  # section 4.2
+        run=RunConfig(
+            total_tokens=14.8e12,  # section 4.1
+            seed=0,
+            eval_every=1000,  # this line and the rest are ours
+            eval_sequences=1024,
+            checkpoint_every=500,
+            keep_checkpoints=3,
+            max_bad_steps=10,
+        ),
+    )
+
+
+def scaled_to(cfg: ExperimentConfig, total_tokens: float) -> ExperimentConfig:
+    """`cfg` with every schedule in tokens shrunk or stretched to `total_tokens`."""
+    scale = total_tokens / cfg.run.total_tokens
+    return replace(
+        cfg,
+        batch=replace(cfg.batch, ramp_tokens=cfg.batch.ramp_tokens * scale),
+        optim=replace(
+            cfg.optim,
+            phases=tuple(replace(p, until_tokens=p.until_tokens * scale) for p in cfg.optim.phases),
+        ),
+        balance=replace(
+            cfg.balance, bias_speed=tuple((until * scale, v) for until, v in cfg.balance.bias_speed)
+        ),
+        mtp_weight=tuple((until * scale, v) for until, v in cfg.mtp_weight),
+        run=replace(cfg.run, total_tokens=total_tokens),
+    )
+
+
+@register
+def v3_small() -> ExperimentConfig:
+    """About 100M parameters, 1B tokens, for one GPU; every schedule scaled to its length."""
+    full = v3_full()
+    cfg = replace(
+        full,
+        name="v3_small",
+        model=replace(
+            full.model,
+            vocab_size=32_768,
+            dim=512,
+            n_layers=8,
+            n_dense_layers=1,
+            n_heads=8,
+            q_latent_dim=192,
+            kv_latent_dim=128,
+            nope_head_dim=64,
+            rope_head_dim=32,
+            v_head_dim=64,
+            dense_ffn_dim=1536,
+            expert_ffn_dim=192,
+            n_experts=32,
+            top_k=4,
+            n_groups=4,
+            top_groups=2,
+            init_std=0.006,
+        ),
+        numerics=replace(full.numerics, remat="none"),
+        mesh=MeshConfig(),
+        data=replace(full.data, seq_len=1024, tokenizer_vocab_size=32_768, heldout_fraction=0.02),
+        batch=BatchConfig(micro_batch=16, start=64, end=256, ramp_tokens=full.batch.ramp_tokens),
+        optim=replace(full.optim, warmup_steps=100),
+        run=replace(full.run, eval_every=200, eval_sequences=128, checkpoint_every=500),
+    )
+    return scaled_to(cfg, 1e9)

@@ -1,0 +1,204 @@
+"""The objective of a batch: value, parts, gradients, padding and documents.
+
+Dims: B sequences, S = T + 1 row, E experts.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.model import small
+from tests.reference.loss import Objective
+from tests.reference.loss import objective as reference
+from v3jax import objective
+from v3jax.config import ExperimentConfig
+
+LAMBDA, ALPHA = 0.7, 0.5
+EXPERIMENT = small.experiment()
+CFG = replace(EXPERIMENT, balance=replace(EXPERIMENT.balance, sequence_alpha=ALPHA))
+ISOLATED = replace(CFG, data=replace(CFG.data, isolate_documents=True))
+
+
+def scale(cfg: ExperimentConfig, segments: np.ndarray) -> objective.Scale:
+    mask = objective.target_mask(
+        jnp.asarray(segments), isolate_documents=cfg.data.isolate_documents
+    )
+    return objective.Scale(
+        n_targets=mask.sum().astype(jnp.float32),
+        n_sequences=jnp.float32(len(segments)),
+        mtp_weight=jnp.float32(LAMBDA),
+    )
+
+
+def trees(cfg: ExperimentConfig) -> tuple[dict, dict]:
+    return small.params(cfg.model), small.router_state(cfg.model)
+
+
+_COMPILED: dict[Any, Any] = {}
+
+
+def run(
+    cfg: ExperimentConfig, tokens: np.ndarray, segments: np.ndarray, params: Any = None
+) -> tuple[float, objective.LossParts, Any]:
+    """Total, parts and gradients."""
+    own, state = trees(cfg)
+    if cfg not in _COMPILED:
+        _COMPILED[cfg] = jax.jit(
+            lambda p, r, t, s, c: jax.value_and_grad(objective.loss, argnums=1, has_aux=True)(
+                cfg, p, r, t, s, c
+            )
+        )
+    (total, parts), gradients = _COMPILED[cfg](
+        small.to_jax(own if params is None else params),
+        small.to_jax(state),
+        jnp.asarray(tokens),
+        jnp.asarray(segments),
+        scale(cfg, segments),
+    )
+    return float(total), parts, gradients
+
+
+def slow(cfg: ExperimentConfig, tokens: np.ndarray, segments: np.ndarray, **kw: Any) -> Objective:
+    params, state = trees(cfg)
+    return reference(params, state, tokens, segments, cfg.model, LAMBDA, ALPHA, **kw)
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+def test_total_and_parts_equal_the_reference(padding: int) -> None:
+    tokens, segments = small.batch(CFG, 2, padding=padding)
+    total, parts, _ = run(CFG, tokens, segments)
+    wanted = slow(CFG, tokens, segments)
+    assert total == pytest.approx(wanted.total, rel=1e-4)
+    assert float(parts.main) == pytest.approx(wanted.main, rel=1e-4)
+    assert float(parts.mtp) == pytest.approx(wanted.mtp, rel=1e-4)
+    assert float(parts.balance) == pytest.approx(ALPHA * wanted.balance, rel=1e-4)
+
+
+def test_gradients_equal_finite_differences_of_the_reference() -> None:
+    tokens, segments = small.batch(CFG, 2, padding=3)
+    params, state = trees(CFG)
+
+    def value(p: dict) -> float:
+        return reference(p, state, tokens, segments, CFG.model, LAMBDA, ALPHA).total
+
+    small.assert_same_derivatives(run(CFG, tokens, segments)[2], value, params)
+
+
+def test_without_prediction_modules_the_objective_is_next_token_and_balance() -> None:
+    cfg = replace(CFG, model=small.config(mtp_depth=0))
+    tokens, segments = small.batch(cfg, 2)
+    total, parts, _ = run(cfg, tokens, segments)
+    wanted = slow(cfg, tokens, segments)
+    assert float(parts.mtp) == 0.0
+    assert total == pytest.approx(wanted.total, rel=1e-4)
+
+
+def test_prediction_losses_have_fewer_terms_and_the_same_divisor() -> None:
+    """With uniform predictions every term is log V, so the sums show the number of terms."""
+    tokens, segments = small.batch(CFG, 2)
+    params = small.params(CFG.model)
+    params["lm_head"] = np.zeros_like(params["lm_head"])
+    _, parts, _ = run(CFG, tokens, segments, params)
+    log_v = np.log(CFG.model.vocab_size)
+    assert float(parts.main) == pytest.approx(log_v, rel=1e-5)
+    assert float(parts.mtp) == pytest.approx(log_v * (8 / 9 + 7 / 9) / 2, rel=1e-5)
+
+
+def test_gradients_do_not_depend_on_what_stands_in_the_padding() -> None:
+    tokens, segments = small.batch(CFG, 2, padding=4)
+    other = tokens.copy()
+    other[0, -4:] = (other[0, -4:] + 17) % CFG.model.vocab_size
+    total, parts, gradients = run(CFG, tokens, segments)
+    other_total, other_parts, other_gradients = run(CFG, other, segments)
+    np.testing.assert_array_equal(parts.load_LE, other_parts.load_LE)
+    assert total == pytest.approx(other_total, rel=1e-6)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(other_gradients), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_next_token_loss_of_a_padded_row_equals_that_of_the_short_row() -> None:
+    tokens, segments = small.batch(CFG, 1, padding=4)
+    _, padded, _ = run(CFG, tokens, segments)
+    _, short, _ = run(CFG, tokens[:, :-4], segments[:, :-4])
+    assert float(padded.main) == pytest.approx(float(short.main), rel=1e-5)
+    assert float(padded.mtp) == pytest.approx(float(short.mtp), rel=1e-5)
+
+
+def test_a_row_of_padding_adds_no_loss_no_load_and_no_gradient() -> None:
+    tokens, segments = small.batch(CFG, 2)
+    padded = np.concatenate([segments, np.zeros((1, 10), np.int32)])
+    rows = np.concatenate([tokens, np.full((1, 10), 2, np.int32)])
+    free = replace(CFG, balance=replace(CFG.balance, sequence_alpha=0.0))
+    total, parts, gradients = run(free, tokens, segments)
+    with_row, with_parts, with_gradients = run(free, rows, padded)
+    assert with_row == pytest.approx(total, rel=1e-5)
+    np.testing.assert_array_equal(parts.load_LE, with_parts.load_LE)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(with_gradients), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_isolated_documents_have_the_losses_of_the_documents_alone() -> None:
+    tokens, segments = small.batch(ISOLATED, 1)
+    segments[0, :6], segments[0, 6:] = 1, 2
+    _, packed, _ = run(ISOLATED, tokens, segments)
+    sums = {"main": 0.0, "mtp": 0.0}
+    for document in (slice(0, 6), slice(6, 10)):
+        alone_segments = segments[:, document]
+        _, alone, _ = run(ISOLATED, tokens[:, document], alone_segments)
+        n_targets = alone_segments.size - 1
+        sums["main"] += n_targets * float(alone.main)
+        sums["mtp"] += n_targets * float(alone.mtp)
+    assert float(packed.main) == pytest.approx(sums["main"] / 8, rel=1e-4)
+    assert float(packed.mtp) == pytest.approx(sums["mtp"] / 8, rel=1e-4)
+
+
+def test_pre_training_attends_and_predicts_across_documents() -> None:
+    tokens, segments = small.batch(CFG, 2)
+    many = segments + (np.arange(10) > 4)
+    assert run(CFG, tokens, many)[0] == run(CFG, tokens, segments)[0]
+    assert float(run(ISOLATED, tokens, many)[1].main) != pytest.approx(
+        float(run(CFG, tokens, many)[1].main), rel=1e-3
+    )
+
+
+def test_shares_of_micro_batches_add_up_to_the_batch() -> None:
+    tokens, segments = small.batch(CFG, 4, padding=5)
+    total, parts, gradients = run(CFG, tokens, segments)
+    whole_scale = scale(CFG, segments)
+    params, state = (small.to_jax(t) for t in trees(CFG))
+    share = jax.jit(
+        lambda t, s: jax.value_and_grad(objective.loss, argnums=1, has_aux=True)(
+            CFG, params, state, t, s, whole_scale
+        )
+    )
+    shares = [share(tokens[i : i + 2], segments[i : i + 2]) for i in (0, 2)]
+    summed = jax.tree.map(jnp.add, *shares)
+    assert float(summed[0][0]) == pytest.approx(total, rel=1e-5)
+    np.testing.assert_array_equal(summed[0][1].load_LE, parts.load_LE)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(summed[1]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_evaluation_counts_next_token_targets_only() -> None:
+    tokens, segments = small.batch(CFG, 2, padding=4)
+    params, state = trees(CFG)
+    total, count = objective.eval_loss(
+        CFG, small.to_jax(params), small.to_jax(state), jnp.asarray(tokens), jnp.asarray(segments)
+    )
+    wanted = slow(CFG, tokens, segments)
+    assert int(count) == 9 + 5
+    assert float(total) / int(count) == pytest.approx(wanted.main, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "alpha"), [("loss_free", 0.3), ("aux_loss", 0.9), ("none", 0.0)]
+)
+def test_each_strategy_has_its_own_strength_of_the_sequence_loss(
+    strategy: Any, alpha: float
+) -> None:
+    balance = replace(CFG.balance, strategy=strategy, sequence_alpha=0.3, aux_alpha=0.9)
+    assert objective.balance_alpha(replace(CFG, balance=balance)) == alpha

@@ -1,0 +1,318 @@
+"""One training step: accumulation, the commit, biases, the batch ramp, and the full-size model.
+
+Dims: M micro-batches, B sequences, S = T + 1 row, L MoE layers, E experts.
+"""
+
+import functools
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.v3 import v3_full
+from tests.model import small
+from tests.reference.loss import objective as reference
+from tests.reference.transformer import forward
+from v3jax import objective
+from v3jax.config import ExperimentConfig
+from v3jax.sharding import abstract_mesh, make_mesh
+from v3jax.state import TrainState, abstract_state, init_state, layer_biases, with_layer_biases
+from v3jax.step import make_eval_step, make_train_step
+
+CFG = small.experiment(small.config(mtp_depth=1))
+M, B = 3, 2
+GAMMA = 0.01
+
+
+@functools.cache
+def step_of(cfg: ExperimentConfig) -> Any:
+    return make_train_step(cfg, make_mesh(cfg.mesh))
+
+
+def state_of(cfg: ExperimentConfig) -> TrainState:
+    """A state with the small model's large random weights and biases."""
+    state = init_state(cfg, make_mesh(cfg.mesh))
+    params = small.to_jax(small.params(cfg.model))
+    return state.replace(
+        params=params,
+        router_state=small.to_jax(small.router_state(cfg.model)),
+        ema=None if state.ema is None else jax.tree.map(jnp.copy, params),
+    )
+
+
+def micro_batches(m: int = M, b: int = B, padding: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    tokens, segments = small.batch(CFG, m * b, padding=padding)
+    return tokens.reshape(m, b, -1), segments.reshape(m, b, -1)
+
+
+def run(
+    cfg: ExperimentConfig, state: TrainState, tokens: np.ndarray, segments: np.ndarray, n: int
+) -> tuple[TrainState, dict]:
+    """One step on a copy, so that the caller's state outlives the donation."""
+    copy = jax.tree.map(jnp.copy, state)
+    return step_of(cfg)(copy, jnp.asarray(tokens), jnp.asarray(segments), jnp.int32(n))
+
+
+def bits(tree: Any) -> list[bytes]:
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def test_metrics_equal_the_reference_on_the_whole_batch() -> None:
+    tokens, segments = micro_batches()
+    _, metrics = run(CFG, state_of(CFG), tokens, segments, M)
+    wanted = reference(
+        small.params(CFG.model),
+        small.router_state(CFG.model),
+        tokens.reshape(M * B, -1),
+        segments.reshape(M * B, -1),
+        CFG.model,
+        0.3,
+        0.05,
+    )
+    assert float(metrics["loss"]) == pytest.approx(wanted.main, rel=1e-4)
+    assert float(metrics["mtp_loss"]) == pytest.approx(wanted.mtp, rel=1e-4)
+    assert float(metrics["balance_loss"]) == pytest.approx(0.05 * wanted.balance, rel=1e-4)
+    assert float(metrics["mtp_weight"]) == pytest.approx(0.3)
+    assert int(metrics["committed"]) == 1
+    assert int(metrics["step"]) == 1
+    assert int(metrics["sequences"]) == M * B
+
+
+def test_accumulated_micro_batches_equal_one_large_batch() -> None:
+    tokens, segments = micro_batches()
+    state = state_of(CFG)
+    many, metrics = run(CFG, state, tokens, segments, M)
+    large = tokens.reshape(1, M * B, -1), segments.reshape(1, M * B, -1)
+    one, wanted = run(CFG, state, *large, 1)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(wanted["grad_norm"]), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(float(wanted["loss"]), rel=1e-6)
+    np.testing.assert_array_equal(metrics["load_LE"], wanted["load_LE"])
+    assert bits(many.router_state) == bits(one.router_state)
+    for a, b in zip(moments(many), moments(one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6)
+
+
+def moments(state: TrainState) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(state.opt_state) if x.ndim]
+
+
+def test_micro_batches_beyond_the_count_change_nothing() -> None:
+    tokens, segments = micro_batches()
+    state = state_of(CFG)
+    junk = tokens.copy()
+    junk[2] = 7
+    a, _ = run(CFG, state, tokens, segments, 2)
+    b, _ = run(CFG, state, junk, segments, 2)
+    assert bits(a) == bits(b)
+    three, _ = run(CFG, state, junk, segments, 3)
+    assert bits(three.params) != bits(a.params)
+
+
+def test_the_batch_size_ramp_compiles_once() -> None:
+    tokens, segments = micro_batches()
+    step = make_train_step(CFG, make_mesh(CFG.mesh))
+    state = init_state(CFG, make_mesh(CFG.mesh))
+    for n, size in zip((1, 2, 3), (2, 6, 12), strict=True):
+        state, metrics = step(state, tokens, segments, jnp.int32(n))
+        assert int(metrics["sequences"]) == size
+    assert step._cache_size() == 1
+
+
+def test_every_bias_moves_once_a_step_by_the_load_of_the_whole_batch() -> None:
+    tokens, segments = micro_batches()
+    state = state_of(CFG)
+    new, metrics = run(CFG, state, tokens, segments, M)
+    params, router = small.params(CFG.model), small.router_state(CFG.model)
+    loads = np.zeros((3, CFG.model.n_experts), int)
+    for row, segs in zip(tokens.reshape(M * B, -1), segments.reshape(M * B, -1), strict=True):
+        out = forward(params, router, row, CFG.model)
+        for layer, stats in enumerate(out.stats + out.mtp_stats):
+            counted = segs[: len(stats.chosen_TK)] > 0
+            loads[layer] += np.bincount(stats.chosen_TK[counted].ravel(), minlength=12)
+    assert metrics["load_LE"].dtype == jnp.int32
+    np.testing.assert_array_equal(metrics["load_LE"], loads)
+    assert loads[0].sum() == (M * B * 9 - 3) * CFG.model.top_k
+    sign = np.sign(loads.mean(1, keepdims=True) - loads)
+    wanted = np.float32(GAMMA) * sign.astype(np.float32) + np.asarray(
+        layer_biases(state.router_state)
+    )
+    np.testing.assert_array_equal(layer_biases(new.router_state), wanted)
+    assert np.abs(sign[-1]).sum() > 0  # the prediction module's too
+    violation = ((loads.max(1) - loads.mean(1)) / loads.mean(1)).mean()
+    assert float(metrics["max_violation"]) == pytest.approx(violation, rel=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 12])
+def test_biases_are_stacked_in_the_order_of_the_loads(depth: int) -> None:
+    model = small.config(mtp_depth=depth)
+    state = small.router_state(model)
+    wanted = [*state["moe_layers"]["mlp"]["e_score_correction_bias"]]
+    wanted += [
+        state[f"mtp_layers_{k}"]["block"]["mlp"]["e_score_correction_bias"] for k in range(depth)
+    ]
+    stacked = layer_biases(small.to_jax(state))
+    np.testing.assert_allclose(stacked, np.array(wanted), rtol=1e-6)
+    back = with_layer_biases(small.to_jax(state), stacked)
+    assert bits(back) == bits(small.to_jax(state))
+
+
+def poisoned(state: TrainState) -> TrainState:
+    """Token 7 has an embedding that overflows; a batch with it is non-finite."""
+    embed = state.params["embed_tokens"].at[7].set(jnp.inf)
+    return state.replace(params=state.params | {"embed_tokens": embed})
+
+
+def test_a_step_with_a_non_finite_loss_commits_nothing_at_all() -> None:
+    tokens, segments = micro_batches()
+    tokens[1, 0, 4] = 7
+    before = poisoned(state_of(CFG)).replace(step=jnp.int32(5), sequences=jnp.uint32(40))
+    after, metrics = run(CFG, before, tokens, segments, M)
+    assert int(metrics["committed"]) == 0
+    assert int(after.bad_steps) == 1
+    assert bits(after.replace(bad_steps=before.bad_steps)) == bits(before)
+    again, _ = run(CFG, after, tokens, segments, M)
+    assert int(again.bad_steps) == 2
+    assert bits(again.replace(bad_steps=before.bad_steps)) == bits(before)
+
+
+def test_a_step_with_a_finite_loss_and_a_non_finite_gradient_commits_nothing() -> None:
+    tokens, segments = micro_batches()
+    cfg = replace(CFG, name="bad_gradient")
+    original = objective.loss
+
+    def spoilt(cfg: ExperimentConfig, params: Any, *rest: Any) -> tuple[jax.Array, Any]:
+        total, parts = original(cfg, params, *rest)
+        return total + jnp.sqrt(0 * jnp.sum(params["norm"])), parts
+
+    before = state_of(cfg)
+    with mock.patch.object(objective, "loss", spoilt):
+        after, metrics = run(cfg, before, tokens, segments, M)
+    assert np.isfinite(float(metrics["loss"]))
+    assert int(metrics["committed"]) == 0
+    assert bits(after.replace(bad_steps=before.bad_steps)) == bits(before)
+
+
+def test_a_good_step_after_bad_ones_commits_everything_and_clears_their_count() -> None:
+    tokens, segments = micro_batches()
+    before = state_of(CFG).replace(bad_steps=jnp.int32(3))
+    after, _ = run(CFG, before, tokens, segments, M)
+    assert int(after.bad_steps) == 0
+    for name in ("params", "opt_state", "router_state", "ema"):
+        pairs = zip(bits(getattr(before, name)), bits(getattr(after, name)), strict=True)
+        assert all(a != b for a, b in pairs), name
+
+
+def test_parameters_move_against_the_gradient_by_the_learning_rate() -> None:
+    tokens, segments = micro_batches()
+    quiet = replace(CFG, optim=replace(CFG.optim, weight_decay=0.0), name="no_decay")
+    before = state_of(quiet)
+    after, metrics = run(quiet, before, tokens, segments, M)
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), after.params, before.params)
+    largest = max(float(x) for x in jax.tree.leaves(moved))
+    assert largest == pytest.approx(float(metrics["lr"]), rel=1e-2)
+    _, again = run(quiet, after, tokens, segments, M)
+    assert float(again["loss"]) < float(metrics["loss"])
+    decay = CFG.optim.ema_decay
+    assert decay is not None
+    wanted = decay * np.asarray(before.params["lm_head"]) + (1 - decay) * np.asarray(
+        after.params["lm_head"]
+    )
+    np.testing.assert_allclose(after.ema["lm_head"], wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_warm_up_starts_at_zero_and_counts_committed_steps() -> None:
+    cfg = replace(CFG, optim=replace(CFG.optim, warmup_steps=10), name="warm")
+    tokens, segments = micro_batches()
+    before = state_of(cfg)
+    after, metrics = run(cfg, before, tokens, segments, M)
+    assert float(metrics["lr"]) == 0.0
+    assert bits(after.params) == bits(before.params)
+    _, metrics = run(cfg, after, tokens, segments, M)
+    assert float(metrics["lr"]) == pytest.approx(cfg.optim.phases[0].lr / 10, rel=1e-5)
+
+
+def strategy(name: Any, alpha: float = 0.05) -> ExperimentConfig:
+    balance = replace(CFG.balance, strategy=name, sequence_alpha=alpha, aux_alpha=0.2)
+    return replace(CFG, balance=balance)
+
+
+def test_balance_strategies_differ_in_bias_and_balance_term_only() -> None:
+    tokens, segments = micro_batches()
+    names = ("loss_free", "aux_loss", "none")
+    starts = {n: init_state(strategy(n), make_mesh(CFG.mesh)) for n in names}
+    assert bits(starts["loss_free"]) == bits(starts["aux_loss"]) == bits(starts["none"])
+    states, metrics = {}, {}
+    for n in names:
+        states[n], metrics[n] = run(strategy(n), state_of(strategy(n)), tokens, segments, M)
+    for n in names[1:]:
+        for key in ("loss", "mtp_loss", "lr", "mtp_weight"):
+            np.testing.assert_allclose(metrics[n][key], metrics["loss_free"][key], rtol=1e-6)
+        np.testing.assert_array_equal(metrics[n]["load_LE"], metrics["loss_free"]["load_LE"])
+        assert float(metrics[n]["bias_speed"]) == 0.0
+        assert bits(states[n].router_state) == bits(state_of(CFG).router_state)
+    assert bits(states["loss_free"].router_state) != bits(states["none"].router_state)
+    assert float(metrics["none"]["balance_loss"]) == 0.0
+    assert float(metrics["aux_loss"]["balance_loss"]) == pytest.approx(
+        4 * float(metrics["loss_free"]["balance_loss"]), rel=1e-5
+    )
+    silent, _ = run(strategy("loss_free", 0.0), state_of(CFG), tokens, segments, M)
+    for a, b in zip(moments(silent), moments(states["none"]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_evaluation_step_gives_nats_and_targets() -> None:
+    tokens, segments = micro_batches(1)
+    state = state_of(CFG)
+    evaluate = make_eval_step(CFG, make_mesh(CFG.mesh))
+    nll, count = evaluate(state.params, state.router_state, tokens[0], segments[0])
+    wanted, _ = objective.eval_loss(CFG, state.params, state.router_state, tokens[0], segments[0])
+    assert int(count) == 2 * 9 - 3
+    assert float(nll) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_bf16_compute_keeps_fp32_state_and_comes_close() -> None:
+    model = small.config(mtp_depth=1, top_k=12, top_groups=4)  # every expert: no choice to flip
+    whole = small.experiment(model)
+    low = replace(whole, numerics=small.numerics(compute="bf16", moments="bf16"))
+    tokens, segments = micro_batches()
+    _, wanted = run(whole, state_of(whole), tokens, segments, M)
+    after, metrics = run(low, state_of(low), tokens, segments, M)
+    assert float(metrics["loss"]) == pytest.approx(float(wanted["loss"]), rel=5e-3)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(wanted["grad_norm"]), rel=2e-2)
+    for tree in (after.params, after.router_state, after.ema):
+        assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in moments(after)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def count(tree: Any) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def test_full_model_has_the_reports_parameter_counts_to_the_unit() -> None:
+    cfg = v3_full()
+    state = abstract_state(cfg, abstract_mesh(cfg.mesh))
+    mtp = count(state.params["mtp_layers_0"]) + count(state.router_state["mtp_layers_0"])
+    assert mtp == 11_610_068_224
+    main = count(state.params) + count(state.router_state) - mtp
+    assert main == 671_026_419_200
+    assert count(state.ema) == count(state.params)
+
+
+def test_full_step_lowers_under_the_abstract_mesh_of_its_real_size() -> None:
+    cfg = v3_full()
+    mesh = abstract_mesh(cfg.mesh)
+    assert mesh.size == 2048
+    n_micro = cfg.batch.end // cfg.batch.micro_batch
+    rows = jax.ShapeDtypeStruct((n_micro, cfg.batch.micro_batch, cfg.data.seq_len + 1), jnp.int32)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = make_train_step(cfg, mesh).lower(
+            abstract_state(cfg, mesh), rows, rows, jax.ShapeDtypeStruct((), jnp.int32)
+        )
+    new, metrics = lowered.out_info
+    assert metrics["load_LE"].shape == (59, 256)
+    assert count(new.params) == count(abstract_state(cfg, mesh).params)
+    assert '"expert"=8' in lowered.as_text()

@@ -1,0 +1,1 @@
+"""DeepSeek-V3, the whole training system, in JAX."""

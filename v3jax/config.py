@@ -1,0 +1,450 @@
+"""Every knob of a run, as frozen dataclasses. Imports nothing of the package.
+
+An experiment is one `ExperimentConfig`; architecture numbers have no defaults. Quantities named
+`..._tokens` count tokens consumed, `..._steps` committed optimizer steps, and batches are counted
+in sequences, as in the DeepSeek-V3 technical report (arXiv 2412.19437, section 4.2).
+"""
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+CHECKPOINT_FORMAT = 1
+"""Version of the run directory's checkpoint layout; raised whenever it changes incompatibly."""
+
+Schedule = tuple[tuple[float, float], ...]
+"""Piecewise-constant value over tokens: `((until_tokens, value), ...)`, `until` rising."""
+
+
+def _require(ok: bool, field: str, remedy: str) -> None:
+    if not ok:
+        raise ValueError(f"{field}: {remedy}")
+
+
+def _require_rising(schedule: Schedule, field: str) -> None:
+    untils = [until for until, _ in schedule]
+    _require(len(untils) > 0, field, "needs at least one (until_tokens, value) pair")
+    _require(untils == sorted(set(untils)), field, f"token boundaries must rise, got {untils}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """YaRN context extension (report section 4.3)."""
+
+    factor: float
+    original_seq_len: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+
+    def __post_init__(self) -> None:
+        _require(self.factor >= 1, "yarn.factor", "must be at least 1")
+        _require(self.original_seq_len > 0, "yarn.original_seq_len", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shapes of the network (report sections 2.1, 2.2 and 4.2)."""
+
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_dense_layers: int
+    n_heads: int
+    q_latent_dim: int
+    kv_latent_dim: int
+    nope_head_dim: int
+    rope_head_dim: int
+    v_head_dim: int
+    dense_ffn_dim: int
+    expert_ffn_dim: int
+    n_shared_experts: int
+    n_experts: int
+    top_k: int
+    n_groups: int
+    top_groups: int
+    route_scale: float
+    mtp_depth: int
+    norm_eps: float
+    rope_base: float
+    yarn: YarnConfig | None
+    init_std: float
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and field.name not in (
+                "n_dense_layers",
+                "mtp_depth",
+                "n_shared_experts",
+            ):
+                _require(value > 0, f"model.{field.name}", f"must be positive, got {value}")
+        _require(
+            0 <= self.n_dense_layers <= self.n_layers,
+            "model.n_dense_layers",
+            "must be within 0..n_layers",
+        )
+        _require(self.n_shared_experts >= 0, "model.n_shared_experts", "must not be negative")
+        _require(self.mtp_depth >= 0, "model.mtp_depth", "must not be negative")
+        _require(
+            self.rope_head_dim % 2 == 0, "model.rope_head_dim", "must be even: RoPE rotates pairs"
+        )
+        _require(
+            self.n_experts % self.n_groups == 0,
+            "model.n_groups",
+            f"{self.n_groups} groups do not divide {self.n_experts} experts",
+        )
+        _require(
+            1 <= self.top_groups <= self.n_groups,
+            "model.top_groups",
+            f"must be within 1..n_groups={self.n_groups}, got {self.top_groups}",
+        )
+        group_size = self.n_experts // self.n_groups
+        _require(
+            self.top_k <= self.top_groups * group_size,
+            "model.top_k",
+            f"{self.top_k} experts do not fit in {self.top_groups} kept groups of {group_size}",
+        )
+
+    @property
+    def n_moe_layers(self) -> int:
+        return self.n_layers - self.n_dense_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumericsConfig:
+    """Number formats: `compute` of activations and matrix products, `moments` of AdamW.
+
+    Master weights, gradients, router, norms' statistics and the loss are always FP32
+    (report section 3.3).
+    """
+
+    compute: Literal["bf16", "fp32"]
+    moments: Literal["bf16", "fp32"]
+    remat: Literal["none", "report", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each named mesh axis; all axes are always present (report section 3.2)."""
+
+    pipe: int = 1
+    data: int = 1
+    node: int = 1
+    expert: int = 1
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _require(getattr(self, field.name) >= 1, f"mesh.{field.name}", "must be at least 1")
+
+    @property
+    def n_devices(self) -> int:
+        return self.pipe * self.data * self.node * self.expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One corpus source. `weight` is its share of the mixture, `max_mb` a cap on its raw text.
+
+    `name` is one of the embedded sources (`stdlib`, `pydoc_topics`, `package:NAME`) or a free name
+    with `path` pointing at a file, directory or glob of .txt, .md, .py or .jsonl files.
+    """
+
+    name: str
+    weight: float
+    max_mb: float
+    path: str | None = None
+    text_field: str = "text"
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, f"data.sources[{self.name}].weight", "must be positive")
+        _require(self.max_mb > 0, f"data.sources[{self.name}].max_mb", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read and how it becomes sequences (report sections 4.1 and 4.2).
+
+    `path` replaces `sources` by a user's own file, directory or glob. `synthetic` ignores both and
+    draws uniform token ids, for speed measurements. `isolate_documents` confines attention and
+    targets to a document: off in pre-training (section 4.1), on in fine-tuning (section 5.1).
+    """
+
+    sources: tuple[SourceConfig, ...]
+    seq_len: int
+    heldout_fraction: float
+    fim_rate: float
+    newline_split_rate: float
+    tokenizer: str | None = None
+    tokenizer_vocab_size: int
+    path: str | None = None
+    text_field: str = "text"
+    synthetic: bool = False
+    isolate_documents: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.seq_len > 0, "data.seq_len", "must be positive")
+        _require(0 <= self.fim_rate <= 1, "data.fim_rate", "must be within 0..1")
+        _require(
+            0 <= self.newline_split_rate <= 1, "data.newline_split_rate", "must be within 0..1"
+        )
+        _require(0 < self.heldout_fraction < 1, "data.heldout_fraction", "must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Batch size in sequences: linear from `start` to `end` over `ramp_tokens`.
+
+    `micro_batch` is the global number of sequences in one micro-batch; every batch is a whole
+    number of them.
+    """
+
+    micro_batch: int
+    start: int
+    end: int
+    ramp_tokens: float
+
+    def __post_init__(self) -> None:
+        _require(self.micro_batch > 0, "batch.micro_batch", "must be positive")
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            _require(
+                value > 0 and value % self.micro_batch == 0,
+                f"batch.{name}",
+                f"{value} sequences are not a whole number of micro-batches of {self.micro_batch}",
+            )
+        _require(self.start <= self.end, "batch.start", "must not exceed batch.end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LrPhase:
+    """One phase of the learning rate, up to `until_tokens`.
+
+    `constant` holds `lr`; `cosine` descends from the previous phase's value to `lr`.
+    """
+
+    shape: Literal["constant", "cosine"]
+    until_tokens: float
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its schedule and the parameters' moving average (report sections 3.2.3 and 4.2)."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    warmup_steps: int
+    phases: tuple[LrPhase, ...]
+    ema_decay: float | None
+
+    def __post_init__(self) -> None:
+        _require_rising(tuple((p.until_tokens, p.lr) for p in self.phases), "optim.phases")
+        _require(
+            self.phases[0].shape == "constant", "optim.phases", "the first phase must be constant"
+        )
+        if self.ema_decay is not None:
+            _require(0 < self.ema_decay < 1, "optim.ema_decay", "must be between 0 and 1, or None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """How experts are kept balanced (report sections 2.1.2 and 4.2).
+
+    `loss_free`: the router bias moves by `bias_speed`, with the complementary sequence-wise loss
+    of strength `sequence_alpha`. `aux_loss`: no bias; the same loss at strength `aux_alpha`.
+    `none`: neither.
+    """
+
+    strategy: Literal["loss_free", "aux_loss", "none"]
+    bias_speed: Schedule
+    sequence_alpha: float
+    aux_alpha: float
+
+    def __post_init__(self) -> None:
+        _require_rising(self.bias_speed, "balance.bias_speed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Length and rhythm of a run; `0` for an interval means never."""
+
+    total_tokens: float
+    seed: int
+    eval_every: int
+    eval_sequences: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    max_bad_steps: int
+
+    def __post_init__(self) -> None:
+        _require(self.total_tokens > 0, "run.total_tokens", "must be positive")
+        _require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "must keep at least 1")
+        _require(self.max_bad_steps >= 1, "run.max_bad_steps", "must allow at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """A whole run as one value."""
+
+    name: str
+    model: ModelConfig
+    numerics: NumericsConfig
+    mesh: MeshConfig
+    data: DataConfig
+    batch: BatchConfig
+    optim: OptimConfig
+    balance: BalanceConfig
+    mtp_weight: Schedule
+    run: RunConfig
+    checkpoint_format: int = CHECKPOINT_FORMAT
+
+    def __post_init__(self) -> None:
+        _require_rising(self.mtp_weight, "mtp_weight")
+        _require(
+            self.data.tokenizer_vocab_size <= self.model.vocab_size,
+            "data.tokenizer_vocab_size",
+            f"{self.data.tokenizer_vocab_size} ids exceed model.vocab_size={self.model.vocab_size}",
+        )
+        _require(
+            self.model.mtp_depth < self.data.seq_len,
+            "model.mtp_depth",
+            f"must be smaller than data.seq_len={self.data.seq_len}",
+        )
+        _require(
+            self.checkpoint_format == CHECKPOINT_FORMAT,
+            "checkpoint_format",
+            f"this version writes format {CHECKPOINT_FORMAT}, got {self.checkpoint_format}",
+        )
+
+
+def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a config as `{"path.to.field": value}`; tuples of configs by index."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(cfg):
+        flat |= _flatten_value(f"{prefix}{field.name}", getattr(cfg, field.name))
+    return flat
+
+
+def _flatten_value(path: str, value: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(value):
+        return flatten(value, f"{path}.")
+    if isinstance(value, tuple) and value and all(dataclasses.is_dataclass(v) for v in value):
+        return {
+            k: v
+            for i, item in enumerate(value)
+            for k, v in _flatten_value(f"{path}.{i}", item).items()
+        }
+    return {path: value}
+
+
+def to_text(cfg: Any) -> str:
+    """The flattened config, one `path = value` a line; what `config.txt` and golden files hold."""
+    return "".join(f"{path} = {value!r}\n" for path, value in flatten(cfg).items())
+
+
+def digest(cfg: Any) -> str:
+    """A short hash of every value in `cfg`, written into checkpoints."""
+    return hashlib.sha256(to_text(cfg).encode()).hexdigest()[:16]
+
+
+def override[T](cfg: T, assignments: Iterable[str]) -> T:
+    """Returns `cfg` with each `"path.to.field=value"` applied, e.g. `"optim.clip_norm=0.5"`.
+
+    Values are read as the field's declared type; items of a tuple are reached by index
+    (`data.sources.0.weight=2`).
+
+    Raises:
+      ValueError: an unknown field (with the closest names) or a value of the wrong type.
+    """
+    for assignment in assignments:
+        path, sep, text = assignment.partition("=")
+        if not sep:
+            raise ValueError(f"--set {assignment!r}: write path.to.field=value")
+        cfg = _replace(cfg, path.split("."), text, path)
+    return cfg
+
+
+def _replace(node: Any, keys: list[str], text: str, path: str) -> Any:
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, tuple):
+        if not key.isdigit() or int(key) >= len(node):
+            raise ValueError(f"{path}: {key!r} is not an index below {len(node)}")
+        item = _replace(node[int(key)], rest, text, path)
+        return (*node[: int(key)], item, *node[int(key) + 1 :])
+    if not dataclasses.is_dataclass(node):
+        raise ValueError(f"{path}: {key!r} lies below a value that has no fields ({node!r})")
+    hints = typing.get_type_hints(type(node))
+    if key not in hints:
+        close = difflib.get_close_matches(key, hints, n=3) or sorted(hints)
+        raise ValueError(
+            f"{path}: {type(node).__name__} has no field {key!r}; did you mean {', '.join(close)}?"
+        )
+    old = getattr(node, key)
+    if rest:
+        value = _replace(old, rest, text, path)
+    elif dataclasses.is_dataclass(old):
+        names = ", ".join(f.name for f in dataclasses.fields(old))
+        raise ValueError(f"{path}: names a group; set one of its fields ({names})")
+    else:
+        value = _parse(text, hints[key], path)
+    return dataclasses.replace(node, **{key: value})
+
+
+def _parse(text: str, hint: Any, path: str) -> Any:
+    if hint is str:
+        return text
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if type(None) in options and text in ("None", "none"):
+        return None
+    if str in options:
+        return text
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            if text in typing.get_args(option):
+                return text
+            close = difflib.get_close_matches(text, typing.get_args(option), n=1)
+            hint_text = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(
+                f"{path}={text}: not one of {', '.join(typing.get_args(option))}{hint_text}"
+            )
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise ValueError(f"{path}={text}: expected {_type_name(hint)}") from None
+    for option in options:
+        converted = _convert(value, option)
+        if converted is not None:
+            return converted
+    raise ValueError(f"{path}={text}: expected {_type_name(hint)}, got {type(value).__name__}")
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as `hint`, or None if it is not of that type. Widens int to float, list to tuple."""
+    if hint is float and type(value) is int:
+        return float(value)
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        args = typing.get_args(hint)
+        hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(hints) != len(value):
+            return None
+        items = [_convert(v, h) for v, h in zip(value, hints, strict=True)]
+        return None if any(item is None for item in items) else tuple(items)
+    return value if type(value) is hint else None
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

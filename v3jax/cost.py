@@ -1,0 +1,279 @@
+"""What an experiment costs, derived from its config alone.
+
+    python -m v3jax.cost --exp=v3_full [--price=2] [--gpu_hours_per_trillion=180000] [--json]
+
+Counts follow the shapes, not a model in memory. FLOPs a token are 6 for every weight of a matrix
+the token meets (2 forward, 4 backward; the head counts, the embedding is a look-up) plus causal
+attention, without recomputation: the convention behind the 250 GFLOP and the 39% MFU published
+for DeepSeek-V3. GPU hours start from the 180K H800 hours per trillion tokens the DeepSeek-V3
+technical report measured (section 1); for other shapes they scale with FLOPs a token, a rough
+guide which says nothing of small models that cannot fill a GPU.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from absl import app, flags
+
+from v3jax import config, registry
+from v3jax.config import ExperimentConfig, ModelConfig
+
+REPORT_GPU_HOURS_PER_TRILLION = 180_000.0  # report section 1, H800, v3_full at 4K
+H800_PEAK_FLOPS = 989e12  # BF16 without sparsity
+_BF16_BYTES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamCounts:
+    """Numbers of parameters; `main` and `mtp` with router biases, `mtp` without shared weights.
+
+    `active` counts the trained weights that serve one token in the main model (published as 37B),
+    `active_with_head` leaves out the embedding, `active_body` the head as well.
+    """
+
+    embedding: int
+    head: int
+    main: int
+    mtp: int
+    mtp_as_stored: int
+    active: int
+    active_with_head: int
+    active_body: int
+
+
+def param_counts(model: ModelConfig) -> ParamCounts:
+    """Parameters of `model`, counted from its shapes (report section 4.2)."""
+    embedding = model.vocab_size * model.dim
+    router_biases = model.n_moe_layers * model.n_experts
+    active_body = _body(model, model.top_k)
+    mtp_block = _block(model, _moe_matrices(model, model.n_experts) + model.n_experts)
+    mtp = model.mtp_depth * (mtp_block + _mtp_projection(model) + 3 * model.dim)
+    return ParamCounts(
+        embedding=embedding,
+        head=embedding,
+        main=_body(model, model.n_experts) + router_biases + 2 * embedding,
+        mtp=mtp,
+        mtp_as_stored=mtp + 2 * model.mtp_depth * embedding,
+        active=active_body + 2 * embedding,
+        active_with_head=active_body + embedding,
+        active_body=active_body,
+    )
+
+
+def _body(model: ModelConfig, experts_met: int) -> int:
+    """Trained weights of all layers and the final norm, `experts_met` routed experts in each."""
+    dense = model.n_dense_layers * _block(model, _ffn(model, model.dense_ffn_dim))
+    moe = model.n_moe_layers * _block(model, _moe_matrices(model, experts_met))
+    return dense + moe + model.dim
+
+
+def _block(model: ModelConfig, ffn: int) -> int:
+    norms = model.q_latent_dim + model.kv_latent_dim + 2 * model.dim
+    return _mla_matrices(model) + norms + ffn
+
+
+def _mla_matrices(model: ModelConfig) -> int:
+    query = model.n_heads * (model.nope_head_dim + model.rope_head_dim)
+    key_value = model.n_heads * (model.nope_head_dim + model.v_head_dim)
+    return (
+        model.dim * model.q_latent_dim
+        + model.q_latent_dim * query
+        + model.dim * (model.kv_latent_dim + model.rope_head_dim)
+        + model.kv_latent_dim * key_value
+        + model.n_heads * model.v_head_dim * model.dim
+    )
+
+
+def _ffn(model: ModelConfig, width: int) -> int:
+    return 3 * model.dim * width
+
+
+def _moe_matrices(model: ModelConfig, experts_met: int) -> int:
+    experts = experts_met + model.n_shared_experts
+    return experts * _ffn(model, model.expert_ffn_dim) + model.n_experts * model.dim
+
+
+def _mtp_projection(model: ModelConfig) -> int:
+    return 2 * model.dim * model.dim
+
+
+def flops_per_token(
+    model: ModelConfig, seq_len: int, *, causal: bool = True, mtp: bool = False
+) -> float:
+    """FLOPs of training on one token, forward and backward, without recomputation.
+
+    `causal` counts half of each attention matrix, as published figures do; `mtp` adds the MTP
+    modules, each with its own pass through the head.
+    """
+    head = model.vocab_size * model.dim
+    moe_layer = _mla_matrices(model) + _moe_matrices(model, model.top_k)
+    dense_layer = _mla_matrices(model) + _ffn(model, model.dense_ffn_dim)
+    matrices = model.n_dense_layers * dense_layer + model.n_moe_layers * moe_layer + head
+    n_attentions = model.n_layers
+    if mtp:
+        matrices += model.mtp_depth * (moe_layer + _mtp_projection(model) + head)
+        n_attentions += model.mtp_depth
+    return 6 * matrices + n_attentions * _attention_flops(model, seq_len, causal)
+
+
+def _attention_flops(model: ModelConfig, seq_len: int, causal: bool) -> float:
+    """Scores and weighted values of one layer, for one token; backward costs twice the forward."""
+    context = seq_len / 2 if causal else seq_len
+    head_dims = model.nope_head_dim + model.rope_head_dim + model.v_head_dim
+    return 3 * model.n_heads * head_dims * 2 * context
+
+
+def kv_bytes_per_token(model: ModelConfig) -> int:
+    """BF16 bytes a cached token takes: the latent and the shared RoPE key of every layer."""
+    return model.n_layers * (model.kv_latent_dim + model.rope_head_dim) * _BF16_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Everything `python -m v3jax.cost` prints; `params` as in `ParamCounts`."""
+
+    exp: str
+    tokens: float
+    steps: int
+    tokens_per_step_first: int
+    tokens_per_step_last: int
+    params: ParamCounts
+    flops_per_token: float
+    flops_per_token_non_causal: float
+    flops_per_token_with_mtp: float
+    total_flops: float
+    kv_bytes_per_token: int
+    gpu_hours_per_trillion: float
+    gpu_hours: float
+    gpu_hours_at_peak: float
+    mfu: float
+    n_devices: int
+    days: float
+    price_per_gpu_hour: float
+    dollars: float
+
+
+def cost(
+    cfg: ExperimentConfig, price: float = 2.0, gpu_hours_per_trillion: float | None = None
+) -> Cost:
+    """The cost of `cfg` at `price` dollars a GPU hour.
+
+    `gpu_hours_per_trillion` is a measured speed in GPU hours per 1e12 tokens; None takes the
+    report's, scaled by FLOPs a token.
+
+    Raises:
+      ValueError: a negative price or a speed that is not positive.
+    """
+    if price < 0:
+        raise ValueError(f"--price={price}: must not be negative")
+    if gpu_hours_per_trillion is not None and gpu_hours_per_trillion <= 0:
+        raise ValueError(f"--gpu_hours_per_trillion={gpu_hours_per_trillion}: must be positive")
+    from v3jax.optim.schedules import n_steps  # brings jax, which a usage error need not wait for
+
+    flops = flops_per_token(cfg.model, cfg.data.seq_len)
+    trillions = cfg.run.total_tokens / 1e12
+    speed = gpu_hours_per_trillion or REPORT_GPU_HOURS_PER_TRILLION * flops / _report_flops()
+    hours = speed * trillions
+    total_flops = flops * cfg.run.total_tokens
+    at_peak = total_flops / H800_PEAK_FLOPS / 3600
+    return Cost(
+        exp=cfg.name,
+        tokens=cfg.run.total_tokens,
+        steps=n_steps(cfg),
+        tokens_per_step_first=cfg.batch.start * cfg.data.seq_len,
+        tokens_per_step_last=cfg.batch.end * cfg.data.seq_len,
+        params=param_counts(cfg.model),
+        flops_per_token=flops,
+        flops_per_token_non_causal=flops_per_token(cfg.model, cfg.data.seq_len, causal=False),
+        flops_per_token_with_mtp=flops_per_token(cfg.model, cfg.data.seq_len, mtp=True),
+        total_flops=total_flops,
+        kv_bytes_per_token=kv_bytes_per_token(cfg.model),
+        gpu_hours_per_trillion=speed,
+        gpu_hours=hours,
+        gpu_hours_at_peak=at_peak,
+        mfu=at_peak / hours,
+        n_devices=cfg.mesh.n_devices,
+        days=hours / cfg.mesh.n_devices / 24,
+        price_per_gpu_hour=price,
+        dollars=hours * price,
+    )
+
+
+def _report_flops() -> float:
+    """FLOPs a token of the model whose speed the report measured."""
+    full = registry.get("v3_full")
+    return flops_per_token(full.model, full.data.seq_len)
+
+
+def table(c: Cost) -> str:
+    """The cost as aligned lines of text."""
+    p = c.params
+    rows = [
+        ("tokens", f"{c.tokens:,.0f}"),
+        ("steps", f"{c.steps:,}"),
+        ("tokens a step", f"{c.tokens_per_step_first:,} to {c.tokens_per_step_last:,}"),
+        ("parameters, main model", f"{p.main:,}"),
+        ("parameters, MTP modules", f"{p.mtp:,} ({p.mtp_as_stored:,} with embedding and head)"),
+        ("active a token", f"{p.active:,}"),
+        ("  without embedding", f"{p.active_with_head:,}"),
+        ("  without embedding and head", f"{p.active_body:,}"),
+        ("training FLOPs a token", _giga(c.flops_per_token)),
+        ("  attention not causal", _giga(c.flops_per_token_non_causal)),
+        ("  with MTP", _giga(c.flops_per_token_with_mtp)),
+        ("training FLOPs", f"{c.total_flops:.4g}"),
+        ("KV cache a token, BF16", f"{c.kv_bytes_per_token:,} bytes"),
+        ("H800 hours per 1e12 tokens", f"{c.gpu_hours_per_trillion:,.6g}"),
+        ("H800 hours", f"{c.gpu_hours:,.7g}"),
+        ("  at the BF16 peak", f"{c.gpu_hours_at_peak:,.7g} (MFU {c.mfu:.1%})"),
+        (f"days on {c.n_devices:,} devices", f"{c.days:,.3g}"),
+        (f"dollars at {c.price_per_gpu_hour:g} an hour", f"{c.dollars:,.2f}"),
+    ]
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(
+        [f"{'experiment':<{width}}  {c.exp}", *(f"{k:<{width}}  {v}" for k, v in rows)]
+    )
+
+
+def _giga(flops: float) -> str:
+    return f"{flops / 1e9:,.1f} GFLOP" if flops >= 1e9 else f"{flops / 1e9:.4g} GFLOP"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the table; a wrong experiment, field or number is one line and exit code 2."""
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"{argv[1]!r} is no flag; see --help")
+        values = flags.FLAGS
+        if values.exp is None:
+            raise ValueError(f"--exp: name one of {', '.join(registry.names())}")
+        cfg = config.override(registry.get(values.exp), values.set)
+        result = cost(cfg, values.price, values.gpu_hours_per_trillion)
+    except ValueError as error:
+        _usage_error(error)
+    else:
+        print(json.dumps(dataclasses.asdict(result)) if values.json else table(result))
+
+
+def _usage_error(error: Exception) -> None:
+    print(f"v3jax.cost: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _usage_error(error)
+        raise
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("exp", None, "A registered experiment, or path/to/file.py.")
+    flags.DEFINE_multi_string("set", [], "path.to.field=value; may be repeated.")
+    flags.DEFINE_float("price", 2.0, "Dollars a GPU hour.")
+    flags.DEFINE_float("gpu_hours_per_trillion", None, "Measured GPU hours per 1e12 tokens.")
+    flags.DEFINE_boolean("json", False, "Print one JSON object.")
+    app.run(main, flags_parser=_parse)

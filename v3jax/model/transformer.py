@@ -1,0 +1,125 @@
+"""The whole network: embedding, dense blocks, MoE blocks, MTP modules (report sections 2.1, 2.2).
+
+Stops at the hidden states: the output head meets them in `ops.loss` (training) or `head_logits`.
+Dims: B batch, T time, D model, V vocabulary, L layers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from v3jax.model.block import rematerialised
+from v3jax.model.layers import Module, compute_dtype
+from v3jax.model.moe import RouterStats
+from v3jax.model.mtp import MTPModule
+from v3jax.ops import loss
+from v3jax.ops.norm import rms_norm
+from v3jax.sharding import constrain
+
+
+@struct.dataclass
+class Output:
+    """Hidden states ready for the shared head, and the routers' statistics."""
+
+    hidden_BTD: jax.Array
+    """Main model, after the final norm."""
+    mtp_hidden: tuple[jax.Array, ...]
+    """One `[B, T, D]` for each MTP depth; the last k positions of depth k hold nothing of use."""
+    stats: RouterStats
+    """Stacked over layers: the MoE layers in order, then the MTP modules."""
+
+
+class Transformer(Module):
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BS: jax.Array,
+        *,
+        ahead: int = 0,
+        segments_BT: jax.Array | None = None,
+        counted_BT: jax.Array | None = None,
+    ) -> Output:
+        """Runs the network.
+
+        Args:
+          tokens_BS: int32 ids, `S = T + ahead`.
+          ahead: 1 in training, where the row's last token is only looked ahead to: the MTP modules
+            run. With 0 all tokens are inputs and the modules are left out.
+          segments_BT: confines attention to equal segments; None sees the whole row.
+          counted_BT: bool; positions that count in loads and the balance loss. None: all.
+        """
+        cfg = self.cfg
+        init = nn.initializers.normal(cfg.init_std)
+        embed_VD = self.param(
+            "embed_tokens",
+            self.rules.init(init, "vocab", "embed"),
+            (cfg.vocab_size, cfg.dim),
+            jnp.float32,
+        )
+        self.param(
+            "lm_head",
+            self.rules.init(init, "embed", "vocab"),
+            (cfg.dim, cfg.vocab_size),
+            jnp.float32,
+        )
+        final_norm = self.norm_weight("norm", cfg.dim)
+        length = tokens_BS.shape[1] - ahead
+        positions_T = jnp.arange(length)
+
+        # One look-up serves the main model and the MTP modules, which share the embedding.
+        embedded_BSD = embed_VD[tokens_BS].astype(compute_dtype(self.numerics))
+        x_BTD = constrain(embedded_BSD[:, :length], self.rules, "batch", "seq", None)
+        shared = (positions_T, segments_BT, counted_BT)
+        stats = []
+        if cfg.n_dense_layers:
+            x_BTD, _ = self._layers(cfg.n_dense_layers, moe=False)(x_BTD, *shared)
+        if cfg.n_moe_layers:
+            x_BTD, moe_stats = self._layers(cfg.n_moe_layers, moe=True)(x_BTD, *shared)
+            stats.append(moe_stats)
+        hidden_BTD = rms_norm(x_BTD, final_norm, cfg.norm_eps)
+
+        mtp_hidden = []
+        h_BTD = hidden_BTD
+        for depth in range(1, cfg.mtp_depth + 1 if ahead else 1):
+            ahead_BTD = jnp.roll(embedded_BSD, -depth, axis=1)[:, :length]
+            # The last `depth` positions have no target; what wrapped around there counts nowhere.
+            known_BT = jnp.broadcast_to(positions_T < length - depth, x_BTD.shape[:2])
+            known_BT = known_BT if counted_BT is None else known_BT & counted_BT
+            module = MTPModule(cfg, self.numerics, self.rules, name=f"mtp_layers_{depth - 1}")
+            h_BTD, mtp_stats = module(h_BTD, ahead_BTD, positions_T, segments_BT, known_BT)
+            mtp_hidden.append(h_BTD)
+            stats.append(jax.tree.map(lambda a: a[None], mtp_stats))
+        return Output(
+            hidden_BTD=hidden_BTD,
+            mtp_hidden=tuple(mtp_hidden),
+            stats=_stack_stats(stats, cfg.n_experts),
+        )
+
+    def _layers(self, n_layers: int, *, moe: bool) -> nn.Module:
+        scanned = nn.scan(
+            rematerialised(self.numerics, in_scan=True),
+            variable_axes={"params": 0, "router_state": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=n_layers,
+            unroll=n_layers if n_layers <= 8 else 1,
+            metadata_params={nn.PARTITION_NAME: self.rules.layers},
+        )
+        name = "moe_layers" if moe else "dense_layers"
+        return scanned(self.cfg, self.numerics, self.rules, moe=moe, name=name)
+
+
+def _stack_stats(stats: list[RouterStats], n_experts: int) -> RouterStats:
+    if not stats:
+        return RouterStats(
+            load_E=jnp.zeros((0, n_experts), jnp.int32), balance_loss=jnp.zeros((0,))
+        )
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *stats)
+
+
+def head_logits(params: dict[str, Any], hidden_BTD: jax.Array) -> jax.Array:
+    """FP32 logits `[..., V]` of the output head that main model and MTP modules share."""
+    return loss.logits(hidden_BTD, params["lm_head"])

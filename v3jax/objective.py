@@ -1,0 +1,156 @@
+"""The training objective: next token + MTP + balance (report sections 2.1.2, 2.2 and 4.2).
+
+    L = L_main + (lambda / D) sum_k L_MTP^k + alpha sum_layers L_Bal
+
+Cross-entropies are sums divided by the number of targets of the *whole* batch, so that
+micro-batches add up to exactly the batch's loss. MTP-k has T - k terms but the same divisor
+(eq. 24).
+Dims: B sequences, S = T + 1 row, T positions, D model, L layers, E experts.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from v3jax.config import ExperimentConfig
+from v3jax.model.transformer import Output, Transformer
+from v3jax.ops.loss import linear_cross_entropy
+from v3jax.sharding import ShardingRules
+
+
+@struct.dataclass
+class Scale:
+    """What a micro-batch's sums are divided by and weighted with; FP32 scalars."""
+
+    n_targets: jax.Array
+    n_sequences: jax.Array
+    mtp_weight: jax.Array
+
+
+@struct.dataclass
+class LossParts:
+    """One micro-batch's share of each term; shares of a batch add up."""
+
+    main: jax.Array
+    """Cross-entropy of the next token, nats a token."""
+    mtp: jax.Array
+    """Mean over depths of the MTP cross-entropies, before the weight lambda."""
+    balance: jax.Array
+    """Sequence-wise balance loss summed over layers, times alpha."""
+    load_LE: jax.Array
+    """Tokens sent to each expert, int32; MTP's routers last."""
+
+
+def make_model(cfg: ExperimentConfig, rules: ShardingRules | None = None) -> Transformer:
+    """The network of an experiment."""
+    return Transformer(cfg.model, cfg.numerics, rules or ShardingRules())
+
+
+def balance_alpha(cfg: ExperimentConfig) -> float:
+    """Strength of the sequence-wise balance loss under the experiment's strategy."""
+    return {
+        "loss_free": cfg.balance.sequence_alpha,
+        "aux_loss": cfg.balance.aux_alpha,
+        "none": 0.0,
+    }[cfg.balance.strategy]
+
+
+def target_mask(segments_BS: jax.Array, *, isolate_documents: bool) -> jax.Array:
+    """Positions `[B, T]` whose next token is a target: no padding, no new document if asked."""
+    mask_BT = segments_BS[..., 1:] > 0
+    if isolate_documents:
+        mask_BT &= segments_BS[..., 1:] == segments_BS[..., :-1]
+    return mask_BT
+
+
+def forward(
+    cfg: ExperimentConfig,
+    params: Any,
+    router_state: Any,
+    tokens_BS: jax.Array,
+    segments_BS: jax.Array,
+    rules: ShardingRules | None = None,
+) -> Output:
+    """Runs the network over training rows of T + 1 tokens."""
+    inputs_BT = segments_BS[:, :-1]
+    return make_model(cfg, rules).apply(
+        {"params": params, "router_state": router_state},
+        tokens_BS,
+        ahead=1,
+        segments_BT=inputs_BT if cfg.data.isolate_documents else None,
+        counted_BT=inputs_BT > 0,
+    )
+
+
+def loss(
+    cfg: ExperimentConfig,
+    params: Any,
+    router_state: Any,
+    tokens_BS: jax.Array,
+    segments_BS: jax.Array,
+    scale: Scale,
+    rules: ShardingRules | None = None,
+) -> tuple[jax.Array, LossParts]:
+    """One micro-batch's share of the objective, and its parts for reporting."""
+    out = forward(cfg, params, router_state, tokens_BS, segments_BS, rules)
+    targets_BT = tokens_BS[:, 1:]
+    mask_BT = target_mask(segments_BS, isolate_documents=cfg.data.isolate_documents)
+    depth = len(out.mtp_hidden)
+    targets, weights = [targets_BT], [mask_BT / scale.n_targets]
+    for k in range(1, depth + 1):
+        targets.append(jnp.roll(targets_BT, -k, axis=1))
+        weights.append(_mtp_mask(segments_BS, k, cfg.data.isolate_documents) / scale.n_targets)
+    factors = [jnp.ones(())] + [scale.mtp_weight / depth] * depth
+    total, nll = linear_cross_entropy(
+        jnp.concatenate([out.hidden_BTD, *out.mtp_hidden], axis=1),
+        params["lm_head"],
+        jnp.concatenate(targets, axis=1),
+        jnp.concatenate([w * f for w, f in zip(weights, factors, strict=True)], axis=1),
+    )
+    nlls = [
+        jnp.sum(jnp.where(w > 0, w * n, 0))
+        for w, n in zip(weights, jnp.split(nll, depth + 1, axis=1), strict=True)
+    ]
+    balance = balance_alpha(cfg) * out.stats.balance_loss.sum() / scale.n_sequences
+    parts = LossParts(
+        main=nlls[0],
+        mtp=sum(nlls[1:], start=jnp.zeros(())) / max(depth, 1),
+        balance=balance,
+        load_LE=out.stats.load_E,
+    )
+    return total + balance, parts
+
+
+def _mtp_mask(segments_BS: jax.Array, depth: int, isolate_documents: bool) -> jax.Array:
+    """Positions `[B, T]` at which MTP-`depth` has a target: token `i + depth + 1` of the row."""
+    length = segments_BS.shape[1] - 1
+    ahead_BT = jnp.roll(segments_BS, -(depth + 1), axis=1)[:, :length]
+    mask_BT = (ahead_BT > 0) & (jnp.arange(length) < length - depth)
+    if isolate_documents:
+        mask_BT &= ahead_BT == segments_BS[:, :length]
+    return mask_BT
+
+
+def eval_loss(
+    cfg: ExperimentConfig,
+    params: Any,
+    router_state: Any,
+    tokens_BS: jax.Array,
+    segments_BS: jax.Array,
+    rules: ShardingRules | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Summed next-token negative log-likelihood in nats and the number of targets, MTP left out."""
+    inputs_BT = segments_BS[:, :-1]
+    out = make_model(cfg, rules).apply(
+        {"params": params, "router_state": router_state},
+        tokens_BS[:, :-1],
+        segments_BT=inputs_BT if cfg.data.isolate_documents else None,
+        counted_BT=inputs_BT > 0,
+    )
+    mask_BT = target_mask(segments_BS, isolate_documents=cfg.data.isolate_documents)
+    total, _ = linear_cross_entropy(
+        out.hidden_BTD, params["lm_head"], tokens_BS[:, 1:], mask_BT.astype(jnp.float32)
+    )
+    return total, mask_BT.sum(dtype=jnp.int32)

@@ -1,0 +1,114 @@
+"""Cross-entropy of the output head without the whole logits in memory (report section 2.2).
+
+Dims: B batch, T time, C positions of a chunk, D features, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_MAX_CHUNKS = 8
+_MIN_CHUNK = 32
+
+
+def logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """FP32 logits of the output head: `[..., D] x [D, V] -> [..., V]`."""
+    return jnp.einsum(
+        "...d,dv->...v",
+        hidden_BTD,
+        head_DV.astype(hidden_BTD.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+@jax.custom_vjp
+def linear_cross_entropy(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Head and softmax cross-entropy in one pass over chunks of positions.
+
+    Returns `(loss, nll_BT)`: the sum of `weights * nll`, and every position's negative
+    log-likelihood in nats for reporting, through which no gradient flows. A differentiated call
+    forms the gradients of `hidden` and `head` chunk by chunk in the forward pass, so logits are
+    computed once and never stored.
+    """
+    losses, nlls = jax.lax.map(
+        lambda c: _chunk_loss(c[0], head_DV, c[1], c[2])[:2],
+        _chunked(hidden_BTD, targets_BT, weights_BT),
+    )
+    return losses.sum(), _unchunk(nlls)
+
+
+def _chunk_size(length: int) -> int:
+    """The largest divisor of `length` that leaves at most 8 chunks' worth of positions each."""
+    wanted = max(_MIN_CHUNK, -(-length // _MAX_CHUNKS))
+    return next(size for size in range(min(wanted, length), 0, -1) if length % size == 0)
+
+
+def _chunked(*arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """`[B, T, ...] -> [chunks, B, C, ...]`, the batch kept whole so that its sharding stays."""
+    size = _chunk_size(arrays_BT[0].shape[1])
+    return tuple(a.reshape(a.shape[0], -1, size, *a.shape[2:]).swapaxes(0, 1) for a in arrays_BT)
+
+
+def _unchunk(x: jax.Array) -> jax.Array:
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+
+def _chunk_loss(
+    hidden_BCD: jax.Array, head_DV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    logits_BCV = logits(hidden_BCD, head_DV)
+    lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    nll_BC = lse_BC - target_BC
+    return jnp.sum(jnp.where(weights_BC > 0, weights_BC * nll_BC, 0)), nll_BC, logits_BCV, lse_BC
+
+
+_Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def _fwd(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    dtype = hidden_BTD.dtype
+    columns_V = jnp.arange(head_DV.shape[1])
+
+    def one_chunk(
+        carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+        loss, dhead_DV = carry
+        hidden_BCD, targets_BC, weights_BC = chunk
+        chunk_loss, nll_BC, logits_BCV, lse_BC = _chunk_loss(
+            hidden_BCD, head_DV, targets_BC, weights_BC
+        )
+        p_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
+        onehot_BCV = columns_V == targets_BC[..., None]
+        dlogits_BCV = ((p_BCV - onehot_BCV) * weights_BC[..., None]).astype(dtype)
+        dhidden_BCD = jnp.einsum("bcv,dv->bcd", dlogits_BCV, head_DV.astype(dtype))
+        dhead_DV += jnp.einsum(
+            "bcd,bcv->dv", hidden_BCD, dlogits_BCV, preferred_element_type=jnp.float32
+        )
+        return (loss + chunk_loss, dhead_DV), (nll_BC, dhidden_BCD)
+
+    with jax.named_scope("linear_cross_entropy"):
+        start = (jnp.zeros(()), jnp.zeros(head_DV.shape))
+        (loss, dhead_DV), (nlls, dhiddens) = jax.lax.scan(
+            one_chunk, start, _chunked(hidden_BTD, targets_BT, weights_BT)
+        )
+    return (loss, _unchunk(nlls)), (_unchunk(dhiddens), dhead_DV.astype(head_DV.dtype))
+
+
+def _bwd(
+    gradients: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, None, None]:
+    dhidden_BTD, dhead_DV = gradients
+    g = cotangents[0]
+    return (
+        (dhidden_BTD * g).astype(dhidden_BTD.dtype),
+        (dhead_DV * g).astype(dhead_DV.dtype),
+        None,
+        None,
+    )
+
+
+linear_cross_entropy.defvjp(_fwd, _bwd)

@@ -1,0 +1,132 @@
+"""Everything a training step changes, as one value.
+
+A step commits all of it or nothing. The state is initialised in one jitted call, every array born
+in its sharded place. Dims: L MoE layers, E experts.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from v3jax import sharding
+from v3jax.config import ExperimentConfig
+from v3jax.objective import make_model
+from v3jax.optim.adamw import adamw
+from v3jax.sharding import ShardingRules
+
+
+@struct.dataclass
+class TrainState:
+    """Counters, master weights, moments, router bias and average of one run."""
+
+    step: jax.Array
+    """Committed optimizer steps, int32."""
+    sequences: jax.Array
+    """Sequences of committed steps, uint32 (report's run: 3.6e9)."""
+    bad_steps: jax.Array
+    """Uncommitted steps since the last committed one, int32."""
+    params: Any
+    """Master weights, FP32."""
+    opt_state: Any
+    """AdamW's moments and count."""
+    router_state: Any
+    """Router biases, FP32; moved by their own rule, never by the optimizer."""
+    ema: Any
+    """Moving average of `params`, FP32, or None."""
+
+
+def init_state(
+    cfg: ExperimentConfig,
+    mesh: Mesh | AbstractMesh | None = None,
+    rules: ShardingRules | None = None,
+) -> TrainState:
+    """A fresh state from `run.seed`, sharded over `mesh` by `rules`; without a mesh, one device."""
+    if mesh is None:
+        return jax.jit(lambda: _create(cfg, rules))()
+    places = state_shardings(cfg, mesh, rules)
+    return jax.jit(lambda: _create(cfg, rules), out_shardings=places)()
+
+
+def abstract_state(
+    cfg: ExperimentConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules | None = None
+) -> TrainState:
+    """Shapes, types and shardings of the state, without allocating anything."""
+    shapes = jax.eval_shape(lambda: _create(cfg, rules))
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        state_shardings(cfg, mesh, rules),
+    )
+
+
+def state_shardings(
+    cfg: ExperimentConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules | None = None
+) -> TrainState:
+    """A state of NamedShardings: moments and average live where their parameter lives."""
+    variables = jax.eval_shape(lambda: _variables(cfg, rules))
+    params = sharding.shardings(variables["params"], mesh)
+    router_state = sharding.shardings(variables.get("router_state", {}), mesh)
+    whole: Any = NamedSharding(mesh, P())
+    shapes = jax.eval_shape(
+        lambda: adamw(cfg.optim, cfg.numerics.moments).init(sharding.unbox(variables["params"]))
+    )
+    structure = jax.tree.structure(params)
+
+    def place(node: Any) -> Any:
+        like_params = jax.tree.structure(node) == structure
+        return params if like_params else jax.tree.map(lambda _: whole, node)
+
+    opt_state = jax.tree.map(place, shapes, is_leaf=lambda n: jax.tree.structure(n) == structure)
+    return TrainState(
+        step=whole,
+        sequences=whole,
+        bad_steps=whole,
+        params=params,
+        opt_state=opt_state,
+        router_state=router_state,
+        ema=params if cfg.optim.ema_decay is not None else None,
+    )
+
+
+def _variables(cfg: ExperimentConfig, rules: ShardingRules | None) -> Any:
+    """The model's variables, in their partitioning boxes."""
+    tokens_BS = jnp.zeros((1, cfg.model.mtp_depth + 2), jnp.int32)
+    return make_model(cfg, rules).init(jax.random.key(cfg.run.seed), tokens_BS, ahead=1)
+
+
+def _create(cfg: ExperimentConfig, rules: ShardingRules | None) -> TrainState:
+    variables = sharding.unbox(_variables(cfg, rules))
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        sequences=jnp.zeros((), jnp.uint32),
+        bad_steps=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=adamw(cfg.optim, cfg.numerics.moments).init(params),
+        router_state=variables.get("router_state", {}),
+        ema=jax.tree.map(jnp.copy, params) if cfg.optim.ema_decay is not None else None,
+    )
+
+
+def layer_biases(router_state: Any) -> jax.Array:
+    """Router biases stacked `[L, E]`: the MoE layers in order, then the MTP modules."""
+    return jnp.concatenate([b.reshape(-1, b.shape[-1]) for b in _ordered_leaves(router_state)])
+
+
+def with_layer_biases(router_state: Any, bias_LE: jax.Array) -> Any:
+    """`router_state` with the biases of `bias_LE`, the inverse of `layer_biases`."""
+    leaves, start = [], 0
+    for leaf in _ordered_leaves(router_state):
+        n_layers = leaf.size // leaf.shape[-1]
+        leaves.append(bias_LE[start : start + n_layers].reshape(leaf.shape))
+        start += n_layers
+    return jax.tree.unflatten(jax.tree.structure(router_state), leaves)
+
+
+def _ordered_leaves(router_state: Any) -> list[jax.Array]:
+    """Leaves by sorted key, which is the layers' order: `moe_layers` < `mtp_layers_0` < ..."""
+    return jax.tree.leaves(router_state)

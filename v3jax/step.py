@@ -1,0 +1,173 @@
+"""One training step, jitted: accumulate micro-batches, update, commit all or nothing.
+
+The number of micro-batches is a run-time value, so the whole batch-size ramp is one program.
+Dims: M micro-batches (the most a step has), B sequences of one, S = T + 1 tokens of a row,
+L MoE layers (MTP modules last), E experts.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from v3jax import objective
+from v3jax.config import ExperimentConfig
+from v3jax.objective import LossParts, Scale
+from v3jax.optim.adamw import adamw
+from v3jax.optim.ema import update_ema
+from v3jax.optim.router_bias import max_violation, update_bias
+from v3jax.optim.schedules import learning_rate, piecewise, tokens_of
+from v3jax.sharding import ShardingRules, constrain
+from v3jax.state import TrainState, layer_biases, state_shardings, with_layer_biases
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    cfg: ExperimentConfig,
+    mesh: Mesh | AbstractMesh | None = None,
+    rules: ShardingRules | None = None,
+) -> Any:
+    """The jitted step `(state, tokens_MBS, segments_MBS, n_micro) -> (state, metrics)`.
+
+    `state` is donated. `n_micro` (int32 scalar) of the M micro-batches are used. Metrics are FP32
+    or integer scalars and `load_LE`; `committed` is 0 for a step whose loss or gradient was not
+    finite, which changes nothing but `bad_steps`. With a mesh, call it under `jax.set_mesh(mesh)`;
+    the new state is pinned to where the old one lives.
+    """
+    rules = rules or ShardingRules()
+
+    def step(
+        state: TrainState, tokens_MBS: jax.Array, segments_MBS: jax.Array, n_micro: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        return train_step(cfg, rules, state, tokens_MBS, segments_MBS, n_micro)
+
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    places = (state_shardings(cfg, mesh, rules), NamedSharding(mesh, P()))
+    return jax.jit(step, donate_argnums=0, out_shardings=places)
+
+
+def make_eval_step(cfg: ExperimentConfig, rules: ShardingRules | None = None) -> Any:
+    """The jitted `(params, router_state, tokens_BS, segments_BS) -> (nll sum in nats, targets)`."""
+    return jax.jit(
+        lambda p, r, tokens, segments: objective.eval_loss(cfg, p, r, tokens, segments, rules)
+    )
+
+
+def train_step(
+    cfg: ExperimentConfig,
+    rules: ShardingRules,
+    state: TrainState,
+    tokens_MBS: jax.Array,
+    segments_MBS: jax.Array,
+    n_micro: jax.Array,
+) -> tuple[TrainState, Metrics]:
+    """The step as a pure function; see `make_train_step`."""
+    tokens = tokens_of(state.sequences, cfg.data.seq_len)
+    lr = learning_rate(cfg.optim)(state.step, tokens)
+    mtp_weight = piecewise(cfg.mtp_weight)(tokens)
+    bias_speed = _bias_speed(cfg, tokens)
+
+    scale = _scale(cfg, segments_MBS, n_micro, mtp_weight)
+    gradients, parts = _accumulate(cfg, rules, state, tokens_MBS, segments_MBS, n_micro, scale)
+    grad_norm = optax.global_norm(gradients)
+    committed = jnp.isfinite(parts.main + parts.mtp + parts.balance) & jnp.isfinite(grad_norm)
+
+    direction, opt_state = adamw(cfg.optim, cfg.numerics.moments).update(
+        gradients, state.opt_state, state.params
+    )
+    params = jax.tree.map(lambda p, d: p - lr * d, state.params, direction)
+    new = TrainState(
+        step=state.step + 1,
+        sequences=state.sequences + (n_micro * tokens_MBS.shape[1]).astype(jnp.uint32),
+        bad_steps=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=opt_state,
+        router_state=_moved_biases(state.router_state, parts.load_LE, bias_speed),
+        ema=None
+        if state.ema is None
+        else update_ema(state.ema, params, cfg.optim.ema_decay or 0.0),
+    )
+    kept = dataclasses.replace(state, bad_steps=state.bad_steps + 1)
+    new = jax.tree.map(lambda a, b: jnp.where(committed, a, b), new, kept)
+    metrics = {
+        "loss": parts.main,
+        "mtp_loss": parts.mtp,
+        "balance_loss": parts.balance,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "bias_speed": bias_speed,
+        "mtp_weight": mtp_weight,
+        "max_violation": max_violation(parts.load_LE),
+        "committed": committed.astype(jnp.int32),
+        "bad_steps": new.bad_steps,
+        "step": new.step,
+        "sequences": new.sequences,
+        "load_LE": parts.load_LE,
+    }
+    return new, metrics
+
+
+def _bias_speed(cfg: ExperimentConfig, tokens: jax.Array) -> jax.Array:
+    """Speed of the router bias; 0 unless the strategy is the loss-free one."""
+    if cfg.balance.strategy != "loss_free":
+        return jnp.zeros(())
+    return piecewise(cfg.balance.bias_speed)(tokens)
+
+
+def _moved_biases(router_state: Any, load_LE: jax.Array, speed: jax.Array) -> Any:
+    if not jax.tree.leaves(router_state):
+        return router_state
+    return with_layer_biases(router_state, update_bias(layer_biases(router_state), load_LE, speed))
+
+
+def _scale(
+    cfg: ExperimentConfig, segments_MBS: jax.Array, n_micro: jax.Array, mtp_weight: jax.Array
+) -> Scale:
+    """Divisors of the whole batch: its targets and sequences over the micro-batches in use."""
+    mask_MBT = objective.target_mask(segments_MBS, isolate_documents=cfg.data.isolate_documents)
+    used_M = jnp.arange(segments_MBS.shape[0]) < n_micro
+    n_targets = jnp.sum(mask_MBT & used_M[:, None, None], dtype=jnp.int32)
+    return Scale(
+        n_targets=jnp.maximum(n_targets, 1).astype(jnp.float32),
+        n_sequences=(n_micro * segments_MBS.shape[1]).astype(jnp.float32),
+        mtp_weight=mtp_weight,
+    )
+
+
+def _accumulate(
+    cfg: ExperimentConfig,
+    rules: ShardingRules,
+    state: TrainState,
+    tokens_MBS: jax.Array,
+    segments_MBS: jax.Array,
+    n_micro: jax.Array,
+    scale: Scale,
+) -> tuple[Any, LossParts]:
+    """FP32 gradients and loss parts summed over the first `n_micro` micro-batches."""
+
+    def one(m: jax.Array) -> tuple[Any, LossParts]:
+        tokens_BS = constrain(tokens_MBS[m], rules, "batch", None)
+        segments_BS = constrain(segments_MBS[m], rules, "batch", None)
+        (_, parts), gradients = jax.value_and_grad(
+            lambda p: objective.loss(
+                cfg, p, state.router_state, tokens_BS, segments_BS, scale, rules
+            ),
+            has_aux=True,
+        )(state.params)
+        return gradients, parts
+
+    if tokens_MBS.shape[0] == 1:
+        return one(jnp.zeros((), jnp.int32))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(one, jax.ShapeDtypeStruct((), jnp.int32)),
+    )
+    return jax.lax.fori_loop(
+        0, n_micro, lambda m, total: jax.tree.map(jnp.add, total, one(m)), zeros
+    )
