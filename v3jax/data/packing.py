@@ -1,0 +1,88 @@
+"""Best-fit packing of documents into rows (report section 4.1; arXiv 2404.10830).
+
+Only documents longer than a row are cut, into row-size chunks; chunks then go, longest first, to
+the row with the least space that still holds them. No chunk is ever broken.
+Dims: N rows, S tokens of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens `start..end` of document `document`."""
+
+    document: int
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+def cut(lengths: Sequence[int], capacity: int) -> list[Chunk]:
+    """Documents as chunks of at most `capacity` tokens; shorter documents stay whole."""
+    return [
+        Chunk(document, start, min(start + capacity, length))
+        for document, length in enumerate(lengths)
+        for start in range(0, length, capacity)
+    ]
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Bins of item indices by best-fit decreasing; ties keep the given order.
+
+    The open bins are kept by free space, with one bit for every size that has some: the best bin
+    is the lowest bit from the item's length up.
+
+    Raises:
+      ValueError: an item is longer than `capacity`.
+    """
+    if any(length > capacity for length in lengths):
+        raise ValueError(f"packing: an item is longer than {capacity} tokens; cut it first")
+    bins: list[list[int]] = []
+    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
+    sizes = 0
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[item]
+        fitting = sizes >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            chosen = by_space[space].pop()
+            if not by_space[space]:
+                sizes ^= 1 << space
+        else:
+            space, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(item)
+        left = space - length
+        if left:
+            by_space[left].append(chosen)
+            sizes |= 1 << left
+    return bins
+
+
+def pack(
+    documents: Sequence[np.ndarray], capacity: int, pad: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of `capacity` ids and their segments, both int32 `[N, S]`.
+
+    Segments number a row's chunks from 1; 0 marks padding, which holds the id `pad`.
+    """
+    chunks = cut([len(d) for d in documents], capacity)
+    bins = best_fit([c.length for c in chunks], capacity)
+    tokens_NS = np.full((len(bins), capacity), pad, np.int32)
+    segments_NS = np.zeros((len(bins), capacity), np.int32)
+    for row, items in enumerate(bins):
+        at = 0
+        for segment, item in enumerate(items, start=1):
+            chunk = chunks[item]
+            end = at + chunk.length
+            tokens_NS[row, at:end] = documents[chunk.document][chunk.start : chunk.end]
+            segments_NS[row, at:end] = segment
+            at = end
+    return tokens_NS, segments_NS

@@ -1,0 +1,198 @@
+"""Byte-level BPE with DeepSeek-V3's pre-tokenizer (report section 4.1).
+
+Trained with Hugging Face `tokenizers` on the run's own corpus, or read from a `tokenizer.json`.
+Ids: three specials, bytes and merges, then the remaining specials, as in the released tokenizer.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+_FIRST_SPECIALS = (BOS, EOS, PAD)
+_LAST_SPECIALS = (FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT)
+
+# The three splits of the released tokenizer, each run on the pieces the previous one left.
+SPLITS = (
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+
+
+class Tokenizer:
+    """Text to ids and back, with the special ids by name.
+
+    Raises:
+      ValueError: the file is no tokenizer, or lacks one of the special tokens a run needs.
+    """
+
+    def __init__(self, text: str, origin: str = "tokenizer.json") -> None:
+        from tokenizers import Tokenizer as HFTokenizer
+
+        try:
+            self._inner = HFTokenizer.from_str(text)
+        except Exception as error:
+            raise ValueError(f"{origin}: not a tokenizer.json ({error})") from None
+        self.text = text
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos, self.eos, self.pad = (self._special(t, origin) for t in _FIRST_SPECIALS)
+        self.fim_hole, self.fim_begin, self.fim_end = (
+            self._special(t, origin) for t in (FIM_HOLE, FIM_BEGIN, FIM_END)
+        )
+
+    def _special(self, token: str, origin: str) -> int:
+        found = self._inner.token_to_id(token)
+        if found is None:
+            raise ValueError(f"{origin}: lacks the special token {token}; use another tokenizer")
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; special tokens are never added and never recognised inside text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of every text, encoded in parallel."""
+        self._inner.encode_special_tokens = True
+        return [e.ids for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; bytes that form no UTF-8 become U+FFFD."""
+        return self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """The bytes each id stands for; special and unused ids stand for none."""
+        special = {i for i, t in self._inner.get_added_tokens_decoder().items() if t.special}
+        table = [b""] * self.vocab_size
+        for token, index in self._inner.get_vocab(with_added_tokens=True).items():
+            if index not in special:
+                table[index] = bytes(_BYTE_OF[c] for c in token)
+        return tuple(table)
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of each id, int64 `[vocab]`."""
+        return np.array([len(b) for b in self.token_bytes], dtype=np.int64)
+
+    @cached_property
+    def newline_splits(self) -> dict[int, tuple[int, ...]]:
+        """Tokens of punctuation followed by line breaks, and the ids of their two parts."""
+        splits = {}
+        for index, raw in enumerate(self.token_bytes):
+            parts = _punctuation_and_newlines(raw)
+            if parts is not None:
+                splits[index] = tuple(self.encode(parts[0]) + self.encode(parts[1]))
+        return splits
+
+    def split_newlines(self, ids: list[int], rate: float, rng: np.random.Generator) -> list[int]:
+        """Replaces punctuation+newline tokens by their parts with probability `rate`.
+
+        It weakens the token-boundary bias such tokens bring (report section 4.1); the text stays.
+        """
+        if rate == 0:
+            return ids
+        out: list[int] = []
+        for index in ids:
+            parts = self.newline_splits.get(index)
+            if parts is not None and rng.random() < rate:
+                out.extend(parts)
+            else:
+                out.append(index)
+        return out
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte each character of the byte-level alphabet stands for."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    characters = [*map(chr, printable), *(chr(256 + n) for n in range(len(others)))]
+    return dict(zip(characters, printable + others, strict=True))
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _punctuation_and_newlines(raw: bytes) -> tuple[str, str] | None:
+    """Splits ` ?[punctuation or symbols]+[\\r\\n]+` before its line breaks; None for anything else."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return None
+    marks = text.rstrip("\r\n")
+    body = marks.removeprefix(" ")
+    if not body or marks == text:
+        return None
+    if any(unicodedata.category(c)[0] not in "PS" for c in body):
+        return None
+    return marks, text[len(marks) :]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains the BPE to exactly `vocab_size` ids, specials included (fewer if the text is tiny).
+
+    Raises:
+      ValueError: `vocab_size` does not hold the bytes and specials.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HFTokenizer
+
+    specials = len(_FIRST_SPECIALS) + len(_LAST_SPECIALS)
+    if vocab_size < 256 + specials:
+        raise ValueError(f"data.tokenizer_vocab_size: needs at least {256 + specials} ids")
+    inner = HFTokenizer(models.BPE())
+    splits: list[Any] = [pre_tokenizers.Split(Regex(s), "isolated") for s in SPLITS]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])  # type: ignore[misc]
+    inner.decoder = decoders.ByteLevel()  # type: ignore[misc]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(_LAST_SPECIALS),
+        special_tokens=[AddedToken(t, special=True) for t in _FIRST_SPECIALS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    inner.add_special_tokens([AddedToken(t, special=True) for t in _LAST_SPECIALS])
+    return Tokenizer(inner.to_str())
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a `tokenizer.json`."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"{file}: no such tokenizer.json")
+    try:
+        text = file.read_text(encoding="utf-8")
+        json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise ValueError(f"{file}: not a tokenizer.json") from None
+    return Tokenizer(text, str(file))
+
+
+def cached_tokenizer(texts: Iterable[str], digest: str, vocab_size: int, cache: Path) -> Tokenizer:
+    """The tokenizer of this corpus and size: from the cache, or trained and put there."""
+    key = hashlib.sha256(f"{digest} {vocab_size} {SPLITS}".encode()).hexdigest()[:24]
+    file = cache / "tokenizers" / f"{key}.json"
+    if file.is_file():
+        return load_tokenizer(file)
+    tokenizer = train_tokenizer(texts, vocab_size)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as out:
+        out.write(tokenizer.text)
+    os.replace(temporary, file)
+    return tokenizer
