@@ -39,7 +39,9 @@ def main(argv: list[str]) -> None:
         timing = time_step(cfg, n_steps=9)
         base = base or timing.wall
         total = cost.param_counts(cfg.model).main
-        print(f"{n_experts:7d}  {total / 1e6:8.1f}M  {timing.wall:12.3f}  {timing.wall / base:11.2f}")
+        print(
+            f"{n_experts:7d}  {total / 1e6:8.1f}M  {timing.wall:12.3f}  {timing.wall / base:11.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ MaxText's `name=value` options. Each step's metrics are waited for before the cl
 our side; the first five steps are left out.
 """
 
+import itertools
 import json
 import statistics
 import sys
@@ -31,7 +32,7 @@ def main(argv):
     start = time.perf_counter()
     base = f"{sysconfig.get_paths()['purelib']}/maxtext/configs/base.yml"
     train.main([argv[0], base, *argv[1:]])
-    pairs = list(zip(_stamps[5:], _stamps[6:], strict=False))
+    pairs = list(itertools.pairwise(_stamps[5:]))
     wall = [b[0] - a[0] for a, b in pairs]
     cpu = [b[1] - a[1] for a, b in pairs]
     result = {

@@ -1,11 +1,11 @@
-"""Training throughput on CPU against MaxText 0.2.5 on the same shapes, and against the matmul limit.
+"""CPU training throughput against MaxText 0.2.5 on the same shapes, and the matmul limit.
 
-    python -m benchmarks.step_speed                       # ours and the limit
-    python -m benchmarks.step_speed --maxtext=DIR         # and MaxText, installed into DIR from PyPI
+    python -m benchmarks.step_speed                  # ours and the limit
+    python -m benchmarks.step_speed --maxtext=DIR    # and MaxText, installed into DIR from PyPI
 
 MaxText is the nearest JAX peer. It runs its own training loop in an environment of its own with the
-shapes of `v3_peer`: FP32, minimal recompute, AdamW, loss-free bias update on, MTP off, synthetic data.
-Ours is timed before and after it and the two are pooled, since machines are shared; the CPU
+shapes of `v3_peer`: FP32, minimal recompute, AdamW, loss-free bias update on, MTP off, synthetic
+data. Ours is timed before and after it and the two are averaged, since machines are shared; the CPU
 seconds of both processes are printed beside the wall clock for the same reason.
 """
 
@@ -110,7 +110,9 @@ def main(argv: list[str]) -> None:
     tokens = cfg.batch.end * cfg.data.seq_len
     mtp = replace(cfg, model=replace(cfg.model, mtp_depth=1))
     runs = [time_step(cfg, _STEPS.value)]
-    peer = time_maxtext(cfg, Path(_MAXTEXT.value).resolve(), _STEPS.value) if _MAXTEXT.value else None
+    peer = (
+        time_maxtext(cfg, Path(_MAXTEXT.value).resolve(), _STEPS.value) if _MAXTEXT.value else None
+    )
     runs.append(time_step(cfg, _STEPS.value))
     with_mtp = time_step(mtp, _STEPS.value)
     limit = cost.flops_per_token(cfg.model, cfg.data.seq_len) * tokens / matmul_flops()

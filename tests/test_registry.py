@@ -66,8 +66,10 @@ def test_user_file_gives_its_last_experiment_or_the_one_picked(user_file: Path) 
 
 def test_user_file_is_read_anew_each_time(user_file: Path) -> None:
     registry.get(str(user_file))
-    user_file.write_text(USER_FILE.replace('name="second"', 'name="renamed experiment"'))
-    assert registry.get(str(user_file)).name == "renamed experiment"
+    user_file.write_text(USER_FILE.replace("second", "third"))
+    assert registry.get(str(user_file)).name == "third"
+    with pytest.raises(ValueError, match="no experiment 'second'"):
+        registry.get(f"{user_file}:second")
 
 
 def test_user_file_without_that_experiment(user_file: Path) -> None:

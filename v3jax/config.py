@@ -352,6 +352,47 @@ def to_text(cfg: Any) -> str:
     return "".join(f"{path} = {value!r}\n" for path, value in flatten(cfg).items())
 
 
+def from_text(text: str) -> ExperimentConfig:
+    """The experiment that `to_text` wrote.
+
+    Raises:
+      ValueError: a line is not `path = value`, or fields are missing or unknown.
+    """
+    flat: dict[str, Any] = {}
+    for line in filter(None, text.split("\n")):
+        path, sep, value = line.partition(" = ")
+        try:
+            flat[path] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            sep = ""
+        if not sep:
+            raise ValueError(f"config text: {line!r} is not of the form path = value")
+    return _unflatten(ExperimentConfig, flat, "")
+
+
+def _unflatten(cls: type, flat: dict[str, Any], prefix: str) -> Any:
+    """The config of type `cls` whose fields lie below `prefix`."""
+    values = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        path = f"{prefix}{name}"
+        if path in flat:
+            values[name] = flat[path]
+            continue
+        options = (hint, *typing.get_args(hint))
+        kinds = [h for h in options if isinstance(h, type) and dataclasses.is_dataclass(h)]
+        if not kinds or not any(k.startswith(f"{path}.") for k in flat):
+            raise ValueError(f"config text: {path} is missing")
+        if typing.get_origin(hint) is tuple:
+            below = len(path) + 1
+            indices = {int(k[below:].split(".")[0]) for k in flat if k.startswith(f"{path}.")}
+            values[name] = tuple(
+                _unflatten(kinds[0], flat, f"{path}.{i}.") for i in sorted(indices)
+            )
+        else:
+            values[name] = _unflatten(kinds[0], flat, f"{path}.")
+    return cls(**values)
+
+
 def digest(cfg: Any) -> str:
     """A short hash of every value in `cfg`, written into checkpoints."""
     return hashlib.sha256(to_text(cfg).encode()).hexdigest()[:16]
@@ -381,7 +422,7 @@ def _replace(node: Any, keys: list[str], text: str, path: str) -> Any:
             raise ValueError(f"{path}: {key!r} is not an index below {len(node)}")
         item = _replace(node[int(key)], rest, text, path)
         return (*node[: int(key)], item, *node[int(key) + 1 :])
-    if not dataclasses.is_dataclass(node):
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise ValueError(f"{path}: {key!r} lies below a value that has no fields ({node!r})")
     hints = typing.get_type_hints(type(node))
     if key not in hints:

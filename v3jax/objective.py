@@ -8,7 +8,7 @@ micro-batches add up to exactly the batch's loss. MTP-k has T - k terms but the 
 Dims: B sequences, S = T + 1 row, T positions, D model, L layers, E experts.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,19 @@ def make_model(cfg: ExperimentConfig, rules: ShardingRules | None = None) -> Tra
     return Transformer(cfg.model, cfg.numerics, rules or ShardingRules())
 
 
+def apply_model(
+    cfg: ExperimentConfig,
+    params: Any,
+    router_state: Any,
+    tokens_BS: jax.Array,
+    rules: ShardingRules | None = None,
+    **inputs: Any,
+) -> Output:
+    """Runs `Transformer.__call__` on a run's variables; `inputs` are its keyword arguments."""
+    variables = {"params": params, "router_state": router_state}
+    return cast(Output, make_model(cfg, rules).apply(variables, tokens_BS, **inputs))
+
+
 def balance_alpha(cfg: ExperimentConfig) -> float:
     """Strength of the sequence-wise balance loss under the experiment's strategy."""
     return {
@@ -75,9 +88,12 @@ def forward(
 ) -> Output:
     """Runs the network over training rows of T + 1 tokens."""
     inputs_BT = segments_BS[:, :-1]
-    return make_model(cfg, rules).apply(
-        {"params": params, "router_state": router_state},
+    return apply_model(
+        cfg,
+        params,
+        router_state,
         tokens_BS,
+        rules,
         ahead=1,
         segments_BT=inputs_BT if cfg.data.isolate_documents else None,
         counted_BT=inputs_BT > 0,
@@ -143,9 +159,12 @@ def eval_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Summed next-token negative log-likelihood in nats and the number of targets, MTP left out."""
     inputs_BT = segments_BS[:, :-1]
-    out = make_model(cfg, rules).apply(
-        {"params": params, "router_state": router_state},
+    out = apply_model(
+        cfg,
+        params,
+        router_state,
         tokens_BS[:, :-1],
+        rules,
         segments_BT=inputs_BT if cfg.data.isolate_documents else None,
         counted_BT=inputs_BT > 0,
     )

@@ -312,7 +312,10 @@ def _mixture(cfg: ExperimentConfig, dataset: Dataset) -> Any:
     import grain
 
     sources = [
-        (grain.MapDataset.source(_RowSource(rows)).seed(cfg.run.seed + i).shuffle().repeat(), weight)
+        (
+            grain.MapDataset.source(_RowSource(rows)).seed(cfg.run.seed + i).shuffle().repeat(),
+            weight,
+        )
         for i, (rows, weight) in enumerate(zip(dataset.train, dataset.weights, strict=True))
         if len(rows.tokens_NS)
     ]

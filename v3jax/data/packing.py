@@ -66,9 +66,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def pack(
-    documents: Sequence[np.ndarray], capacity: int, pad: int
-) -> tuple[np.ndarray, np.ndarray]:
+def pack(documents: Sequence[np.ndarray], capacity: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of `capacity` ids and their segments, both int32 `[N, S]`.
 
     Segments number a row's chunks from 1; 0 marks padding, which holds the id `pad`.

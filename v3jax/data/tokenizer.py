@@ -128,7 +128,7 @@ _BYTE_OF = _byte_alphabet()
 
 
 def _punctuation_and_newlines(raw: bytes) -> tuple[str, str] | None:
-    """Splits ` ?[punctuation or symbols]+[\\r\\n]+` before its line breaks; None for anything else."""
+    """Splits ` ?[punctuation or symbols]+[\\r\\n]+` before the breaks; None for other tokens."""
     try:
         text = raw.decode()
     except UnicodeDecodeError:

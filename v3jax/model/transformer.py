@@ -4,7 +4,7 @@ Stops at the hidden states: the output head meets them in `ops.loss` (training) 
 Dims: B batch, T time, D model, V vocabulary, L layers.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ class Output:
     """One `[B, T, D]` for each MTP depth; the last k positions of depth k hold nothing of use."""
     stats: RouterStats
     """Stacked over layers: the MoE layers in order, then the MTP modules."""
+
+
+_UNROLLED = 8
 
 
 class Transformer(Module):
@@ -103,9 +106,10 @@ class Transformer(Module):
             rematerialised(self.numerics, in_scan=True),
             variable_axes={"params": 0, "router_state": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=cast(Any, nn.broadcast),
+            # A few layers unrolled spare copying their activations in and out of the loop.
             length=n_layers,
-            unroll=n_layers if n_layers <= 8 else 1,
+            unroll=n_layers if n_layers <= _UNROLLED else 1,
             metadata_params={nn.PARTITION_NAME: self.rules.layers},
         )
         name = "moe_layers" if moe else "dense_layers"

@@ -1,0 +1,223 @@
+"""`report.html`: one self-contained page of a run, drawn as inline SVG.
+
+Loss curves, learning rate and batch size, imbalance, the experts' loads over time, baselines on
+the same held-out text, and samples. Dims: S recorded steps, L MoE layers (MTP last), E experts.
+"""
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 260, 56, 28
+_COLOURS = ("#2563a8", "#c2410c", "#15803d", "#7c3aed")
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+p.sub { color: #5b6675; margin-top: .2rem; }
+table { border-collapse: collapse; } td, th { padding: .25rem .9rem .25rem 0; text-align: left;
+  border-bottom: 1px solid #e3e7ed; }
+  td.n { text-align: right; font-variant-numeric: tabular-nums; }
+svg { max-width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: #5b6675; }
+pre { background: #f5f7fa; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+figure { margin: .6rem 0; } figcaption { color: #5b6675; font-size: .9rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: a name and its points."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and its continuation."""
+
+    prompt: str
+    text: str
+
+
+def line(rows: Sequence[dict[str, Any]], key: str, name: str) -> Line:
+    """The curve of one metric over steps, from the rows that have a finite value."""
+    kept = [r for r in rows if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
+    return Line(name, [r["step"] for r in kept], [r[key] for r in kept])
+
+
+def chart(lines: Sequence[Line], label: str) -> str:
+    """An SVG line chart with axes, grid and legend; empty lines are left out."""
+    lines = [item for item in lines if len(item.x)]
+    if not lines:
+        return "<p>nothing recorded</p>"
+    xs = [v for item in lines for v in item.x]
+    ys = [v for item in lines for v in item.y]
+    x_at = _scale(min(xs), max(xs), _LEFT, _WIDTH - 10)
+    low, high = _padded(min(ys), max(ys))
+    y_at = _scale(low, high, _HEIGHT - _BOTTOM, 12)
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(label)}">']
+    for tick in _ticks(low, high):
+        y = y_at(tick)
+        parts.append(f'<path d="M{_LEFT} {y:.1f}H{_WIDTH - 10}" stroke="#e3e7ed"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
+    for tick in _ticks(min(xs), max(xs)):
+        x, y = x_at(tick), _HEIGHT - _BOTTOM + 16
+        parts.append(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{tick:.4g}</text>')
+    for i, item in enumerate(lines):
+        colour = _COLOURS[i % len(_COLOURS)]
+        points = " ".join(
+            f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(item.x, item.y, strict=True)
+        )
+        if len(item.x) == 1:
+            x, y = points.split(",")
+            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
+        )
+        x = _LEFT + 12 + i * 160
+        parts.append(f'<rect x="{x}" y="2" width="14" height="4" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 20}" y="9">{html.escape(item.name)}</text>')
+    parts.append(f'<text x="{_WIDTH - 10}" y="{_HEIGHT - 1}" text-anchor="end">step</text></svg>')
+    return "".join(parts)
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    span = (high - low) or 1.0
+    return lambda value: start + (value - low) / span * (end - start)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round values within a range."""
+    raw = (high - low) / 5 or 1.0
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(f * power for f in (1, 2, 5, 10) if f * power >= raw)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def heat_map(steps_S: Sequence[int], load_SE: np.ndarray, title: str) -> str:
+    """Relative load of each expert (1 = perfectly balanced) over steps, for one layer."""
+    mean_S1 = np.maximum(load_SE.mean(1, keepdims=True), 1e-9)
+    relative_SE = load_SE / mean_S1
+    n_steps, n_experts = relative_SE.shape
+    cell_w = (_WIDTH - _LEFT - 10) / n_steps
+    cell_h = max(2.0, min(9.0, 240 / n_experts))
+    height = cell_h * n_experts + 34
+    parts = [
+        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{html.escape(title)}">'
+        f'<text x="{_LEFT}" y="10">{html.escape(title)}</text>'
+        f'<text x="{_LEFT - 6}" y="24" text-anchor="end">expert 0</text>'
+        f'<text x="{_LEFT - 6}" y="{14 + cell_h * n_experts:.0f}" text-anchor="end">'
+        f"{n_experts - 1}</text>"
+    ]
+    for s in range(n_steps):
+        for e in range(n_experts):
+            x, y = _LEFT + s * cell_w, 16 + e * cell_h
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell_w + 0.3:.1f}" height="{cell_h:.1f}" '
+                f'fill="{_heat(float(relative_SE[s, e]))}"/>'
+            )
+    y = height - 6
+    parts.append(f'<text x="{_LEFT}" y="{y:.0f}">step {steps_S[0]}</text>')
+    parts.append(
+        f'<text x="{_WIDTH - 10}" y="{y:.0f}" text-anchor="end">{steps_S[-1]}</text></svg>'
+    )
+    return "".join(parts)
+
+
+def _heat(relative: float) -> str:
+    """White at 1, blue towards 0, orange towards 3 and above."""
+    if relative < 1:
+        t = 1 - max(relative, 0.0)
+        return f"rgb({255 - 218 * t:.0f},{255 - 156 * t:.0f},{255 - 87 * t:.0f})"
+    t = min((relative - 1) / 2, 1.0)
+    return f"rgb({255 - 61 * t:.0f},{255 - 190 * t:.0f},{255 - 243 * t:.0f})"
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """A two-column table of names and figures."""
+    cells = (
+        f'<tr><td>{html.escape(name)}</td><td class="n">{html.escape(value)}</td></tr>'
+        for name, value in rows
+    )
+    return f"<table>{''.join(cells)}</table>"
+
+
+def render(
+    *,
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    loads: Sequence[dict[str, Any]],
+    figures: Sequence[tuple[str, str]],
+    bits_per_byte: Sequence[tuple[str, float]],
+    samples: Sequence[Sample],
+) -> str:
+    """The page of a run.
+
+    Args:
+      rows: rows of `metrics.jsonl`.
+      loads: rows of `loads.jsonl`, `load` being `[L][E]` counts.
+      figures: the run's closing figures.
+      bits_per_byte: the model and the baselines on the same held-out text.
+      samples: what the model wrote.
+    """
+    losses = [
+        line(rows, "loss", "training loss"),
+        line(rows, "mtp_loss", "MTP loss"),
+        line(rows, "eval_loss", "held-out loss"),
+        line(rows, "eval_loss_ema", "held-out, averaged weights"),
+    ]
+    sections = [
+        f"<h1>{html.escape(name)}</h1>",
+        '<p class="sub">A v3jax run. Losses in nats a token.</p>',
+        table(figures),
+        "<h2>Loss</h2>",
+        chart(losses, "loss over steps"),
+    ]
+    if bits_per_byte:
+        compared = [(n, f"{value:.3f}") for n, value in bits_per_byte]
+        sections += ["<h2>Held-out text, bits a byte</h2>", table(compared)]
+    sections += [
+        "<h2>Balance of the experts</h2>",
+        "<p>Maximal violation: (largest load - mean) / mean, averaged over layers.</p>",
+        chart([line(rows, "max_violation", "max violation")], "maximal violation over steps"),
+        *_heat_maps(loads),
+        "<h2>Schedules</h2>",
+        chart([line(rows, "lr", "learning rate")], "learning rate over steps"),
+        chart([line(rows, "batch_size", "batch, sequences")], "batch size over steps"),
+    ]
+    if samples:
+        sections.append("<h2>Samples</h2>")
+        sections += [
+            f"<pre><b>{html.escape(s.prompt)}</b>{html.escape(s.text)}</pre>" for s in samples
+        ]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}'
+        f"</title><style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
+    )
+
+
+def _heat_maps(loads: Sequence[dict[str, Any]]) -> list[str]:
+    """One map a layer, with at most 80 columns."""
+    if not loads or not loads[0]["load"]:
+        return []
+    thinned = loads[:: max(1, len(loads) // 80)]
+    steps_S = [row["step"] for row in thinned]
+    load_SLE = np.array([row["load"] for row in thinned], dtype=np.float64)
+    caption = "Load of each expert relative to the mean: white balanced, orange above, blue below."
+    maps = [
+        f"<figure>{heat_map(steps_S, load_SLE[:, i], f'MoE layer {i}')}</figure>"
+        for i in range(load_SLE.shape[1])
+    ]
+    return [*maps, f"<figcaption>{caption} MTP modules come last.</figcaption>"]

@@ -1,0 +1,464 @@
+"""Pre-training, from a registered experiment to a finished run directory.
+
+    python -m v3jax.train --exp=v3_tiny --workdir=runs/v3_tiny
+    python -m v3jax.train --exp=v3_tiny --set optim.clip_norm=0.5 --set balance.strategy=none
+    python -m v3jax.train --list
+
+Started again on the same `--workdir` it continues from the last complete checkpoint, bit for bit.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from etils import epath
+
+from v3jax import checkpoint, config, cost, decode, host, registry, report
+from v3jax.config import ExperimentConfig
+from v3jax.data import baselines
+from v3jax.data.loader import Dataset, HostBatch, cache_folder, make_loader, open_dataset
+from v3jax.metrics import Recorder, mfu, read_rows
+from v3jax.optim.schedules import n_steps
+from v3jax.progress import Progress
+from v3jax.sharding import make_mesh
+from v3jax.state import TrainState, abstract_state, init_state
+from v3jax.step import make_eval_step, make_train_step
+
+_EXP = flags.DEFINE_string("exp", None, "Registered experiment, or path/to/file.py of your own.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; default runs/<experiment>.")
+_SET = flags.DEFINE_multi_string("set", [], "path.to.field=value; repeat for more.")
+_LIST = flags.DEFINE_bool("list", False, "List the experiments and stop.")
+_PROFILE = flags.DEFINE_string("profile", None, "A:B writes a trace of steps A to B - 1.")
+_CHECK = flags.DEFINE_bool("check", False, "Build everything, report, stop before step 0.")
+
+_SAMPLE_PROMPTS = ("def ", "import numpy as np\n", "The ")
+_SAMPLE_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. `finished` is False when a signal stopped it."""
+
+    step: int
+    finished: bool
+    eval_loss: float | None
+    bits_per_byte: float | None
+
+
+def run(
+    cfg: ExperimentConfig,
+    workdir: epath.PathLike,
+    *,
+    profile: tuple[int, int] | None = None,
+    check: bool = False,
+) -> Result:
+    """Trains `cfg` in `workdir`, continuing from its last complete checkpoint if there is one.
+
+    Raises:
+      ValueError: a setting, a file or the run directory cannot be used; one line.
+      RuntimeError: too many steps in a row without a finite loss, or a failed save.
+    """
+    workdir = epath.Path(workdir)
+    # ---- Who runs where. The directory is judged before anything in it changes.
+    found = checkpoint.latest(workdir)
+    _check_workdir(workdir, found, cfg)
+    mesh = make_mesh(cfg.mesh)
+
+    # ---- Data
+    dataset = open_dataset(cfg)
+    loader = make_loader(cfg, dataset)
+    total_steps = n_steps(cfg)
+    if cfg.run.eval_sequences > len(dataset.heldout.tokens_NS):
+        print(f"held-out rows: {len(dataset.heldout.tokens_NS)}, all of them are evaluated")
+
+    with jax.set_mesh(mesh):
+        train_step = make_train_step(cfg, mesh)
+        if check:
+            return _preflight(cfg, workdir, dataset, mesh, train_step)
+
+        # ---- State, new or continued
+        if found is None:
+            state, start = init_state(cfg, mesh), 0
+        else:
+            state = checkpoint.restore(found, abstract_state(cfg, mesh))
+            loader.set_state(found.manifest["data"])
+            start = found.step
+            print(f"continuing from step {start} of {found.folder}", flush=True)
+        _describe(workdir, cfg, dataset)
+        writer = checkpoint.Writer(workdir, cfg)
+        recorder = Recorder(workdir, start, total_steps)
+        evaluation = Evaluation(cfg, dataset)
+        stop = StopSignal()
+
+        # ---- Loop. A step's metrics are read after the next one is dispatched, so the device
+        # never waits for the host; a checkpoint is taken before the next batch is drawn, so that
+        # state and data position agree.
+        progress = Progress(cfg.name, start, total_steps)
+        pending: Pending | None = None
+        step = start
+        while step < total_steps and not stop.requested:
+            evaluated = evaluation.at(step, state)
+            waited = time.monotonic()
+            batch = next(loader)
+            waited = time.monotonic() - waited
+            if profile is not None and step == profile[0]:
+                jax.profiler.start_trace(str(workdir / "profile"))
+            with jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, *_on_device(batch))
+            if pending is not None:
+                pending.finish(recorder, progress, cfg)
+            pending = Pending(step, batch, loader.sequences, metrics, evaluated, waited)
+            step += 1
+            if profile is not None and step == profile[1]:
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+            writer.poll()
+            if cfg.run.checkpoint_every and step % cfg.run.checkpoint_every == 0:
+                pending.finish(recorder, progress, cfg)
+                pending = None
+                recorder.flush()
+                writer.save(step, state, loader.get_state())
+
+        # ---- End: the last step's row carries the evaluation of the finished parameters.
+        finished = step >= total_steps
+        last = evaluation.of(state) if finished else {}
+        if pending is not None:
+            pending.evaluated = pending.evaluated | last
+            pending.finish(recorder, progress, cfg)
+        writer.wait()
+        if step > start and not (found is not None and step == found.step):
+            writer.save(step, state, loader.get_state())
+            writer.wait()
+        recorder.close()
+        progress.close()
+        stop.release()
+        if not finished:
+            print(f"stopped by a signal at step {step}; the same command continues", flush=True)
+            return Result(step, False, None, None)
+        samples = write_samples(cfg, state, dataset, workdir)
+        write_report(cfg, dataset, workdir, samples, last)
+        return Result(step, True, last.get("eval_loss"), last.get("bits_per_byte"))
+
+
+@dataclass
+class Pending:
+    """A dispatched step whose metrics have not been read yet."""
+
+    step: int
+    batch: HostBatch
+    sequences: int
+    """Sequences drawn up to and with this step."""
+    metrics: dict[str, jax.Array]
+    evaluated: dict[str, float]
+    waited: float
+
+    def finish(self, recorder: Recorder, progress: Progress, cfg: ExperimentConfig) -> None:
+        """Waits for the step, records its row, and stops a run that no longer makes progress."""
+        values = jax.device_get(self.metrics)
+        seconds = progress.lap()
+        size = self.batch.n_micro * cfg.batch.micro_batch
+        tokens = size * cfg.data.seq_len
+        row = {
+            "step": self.step,
+            "tokens": self.sequences * cfg.data.seq_len,
+            "loss": float(values["loss"]),
+            "mtp_loss": float(values["mtp_loss"]),
+            "balance_loss": float(values["balance_loss"]),
+            "lr": float(values["lr"]),
+            "grad_norm": float(values["grad_norm"]),
+            "batch_size": size,
+            "bias_speed": float(values["bias_speed"]),
+            "mtp_weight": float(values["mtp_weight"]),
+            "max_violation": float(values["max_violation"]),
+            "committed": int(values["committed"]),
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "data_wait_seconds": self.waited,
+        }
+        flops = cost.flops_per_token(cfg.model, cfg.data.seq_len, mtp=True)
+        share = mfu(flops, tokens / seconds, jax.devices()[0].device_kind, cfg.mesh.n_devices)
+        row |= {} if share is None else {"mfu": share}
+        recorder.write(row | self.evaluated, values["load_LE"])
+        progress.show(row)
+        if not row["committed"]:
+            first = self.sequences - size
+            print(
+                f"step {self.step}: loss or gradient not finite, nothing committed "
+                f"(sequences {first}..{self.sequences - 1})",
+                flush=True,
+            )
+        if int(values["bad_steps"]) >= cfg.run.max_bad_steps:
+            recorder.close()
+            raise RuntimeError(
+                f"step {self.step}: {int(values['bad_steps'])} steps in a row without a finite "
+                "loss; lower the learning rate or look at the data (run.max_bad_steps)"
+            )
+
+
+class Evaluation:
+    """Held-out loss of the raw and the averaged weights, in nats a token and bits a byte."""
+
+    def __init__(self, cfg: ExperimentConfig, dataset: Dataset) -> None:
+        self._cfg = cfg
+        self._eval_step = make_eval_step(cfg)
+        self._rows = min(cfg.run.eval_sequences, len(dataset.heldout.tokens_NS))
+        self._dataset = dataset
+        self._bytes = dataset.heldout_bytes(self._rows)
+
+    def at(self, step: int, state: TrainState) -> dict[str, float]:
+        """The evaluation that is due before `step`, or nothing."""
+        every = self._cfg.run.eval_every
+        return self.of(state) if every and step % every == 0 else {}
+
+    def of(self, state: TrainState) -> dict[str, float]:
+        """Evaluates a state; nothing if the experiment evaluates never."""
+        if not self._cfg.run.eval_every:
+            return {}
+        nats, count = self._nats(state.params, state.router_state)
+        values = {"eval_loss": nats / count}
+        if self._bytes:
+            values["bits_per_byte"] = baselines.bits_per_byte(nats, self._bytes)
+        if state.ema is not None:
+            values["eval_loss_ema"] = self._nats(state.ema, state.router_state)[0] / count
+        return values
+
+    def _nats(self, params: Any, router_state: Any) -> tuple[float, int]:
+        """Summed over fixed-size batches; a last one is filled up with padding rows."""
+        size = self._cfg.batch.micro_batch
+        nats, count = 0.0, 0
+        held = self._dataset.heldout
+        for start in range(0, self._rows, size):
+            end = min(start + size, self._rows)
+            padding = ((0, size - (end - start)), (0, 0))
+            tokens = np.pad(held.tokens_NS[start:end], padding)
+            segments = np.pad(held.segments_NS[start:end], padding)
+            some, n = jax.device_get(self._eval_step(params, router_state, tokens, segments))
+            nats, count = nats + float(some), count + int(n)
+        return nats, count
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask the loop to save and end; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.requested:
+            os._exit(128 + number)
+        self.requested = True
+
+    def release(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _on_device(batch: HostBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return jax.device_put((batch.tokens_MBS, batch.segments_MBS, np.int32(batch.n_micro)))
+
+
+def _check_workdir(
+    workdir: epath.Path, found: checkpoint.Checkpoint | None, cfg: ExperimentConfig
+) -> None:
+    """Refuses a directory that holds another run, or that is not a directory."""
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir}: is a file; choose another --workdir")
+    if found is not None:
+        checkpoint.check_config(found, cfg)
+    elif (workdir / "config.txt").exists():
+        name = (workdir / "config.txt").read_text().partition("\n")[0]
+        if name != f"name = {cfg.name!r}":
+            raise ValueError(
+                f"{workdir}: holds another experiment ({name}); choose another --workdir"
+            )
+
+
+def _describe(workdir: epath.Path, cfg: ExperimentConfig, dataset: Dataset) -> None:
+    """Writes what the run is made of: config, tokenizer, list of documents."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.txt").write_text(config.to_text(cfg))
+    if dataset.tokenizer is not None:
+        (workdir / "tokenizer.json").write_text(dataset.tokenizer.text)
+    files = "".join(f"{digest}  {source}  {name}\n" for source, name, digest in dataset.files)
+    (workdir / "data_files.txt").write_text(f"rows {dataset.digest}\n{files}")
+    for source in dataset.sources:
+        print(
+            f"{source.name}: {source.documents} documents, {source.megabytes:.1f} MB, "
+            f"{source.tokens:,} tokens, weight {source.weight:g}"
+        )
+
+
+def _preflight(
+    cfg: ExperimentConfig, workdir: epath.Path, dataset: Dataset, mesh: Any, train_step: Any
+) -> Result:
+    """Compiles the step and compares what the run needs with what is there."""
+    state = abstract_state(cfg, mesh)
+    n_micro = cfg.batch.end // cfg.batch.micro_batch
+    shape = (n_micro, cfg.batch.micro_batch, cfg.data.seq_len + 1)
+    batch = jax.ShapeDtypeStruct(shape, np.int32)
+    compiled = train_step.lower(state, batch, batch, jax.ShapeDtypeStruct((), np.int32)).compile()
+    memory = compiled.memory_analysis()
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    rows = [
+        ("experiment", cfg.name),
+        ("mesh", ", ".join(f"{k}={v}" for k, v in mesh.shape.items())),
+        ("steps", f"{n_steps(cfg):,}"),
+        ("data digest", dataset.digest),
+        ("state", f"{state_bytes / 1e6:,.1f} MB"),
+        ("temporaries a device", f"{memory.temp_size_in_bytes / 1e6:,.1f} MB"),
+        ("checkpoints kept", f"{cfg.run.keep_checkpoints * state_bytes / 1e6:,.1f} MB"),
+    ]
+    free = host.free_disk_bytes(workdir)
+    if free is not None:
+        rows.append(("disk free", f"{free / 1e6:,.0f} MB"))
+    for name, value in rows:
+        print(f"{name:22s} {value}")
+    needed = (cfg.run.keep_checkpoints + 1) * state_bytes
+    if free is not None and free < needed:
+        raise ValueError(
+            f"{workdir}: {free / 1e6:,.0f} MB free, checkpoints need {needed / 1e6:,.0f} MB; "
+            "free space or lower run.keep_checkpoints"
+        )
+    print("check passed: nothing was trained")
+    return Result(0, False, None, None)
+
+
+def write_samples(
+    cfg: ExperimentConfig, state: TrainState, dataset: Dataset, workdir: epath.Path
+) -> list[report.Sample]:
+    """Continues fixed prompts greedily into `samples.txt`; nothing on synthetic data."""
+    if dataset.tokenizer is None:
+        return []
+    texts = decode.generate(
+        cfg,
+        state.params,
+        state.router_state,
+        dataset.tokenizer,
+        _SAMPLE_PROMPTS,
+        n_tokens=_SAMPLE_TOKENS,
+    )
+    samples = [
+        report.Sample(prompt, dataset.tokenizer.decode(ids))
+        for prompt, ids in zip(_SAMPLE_PROMPTS, texts, strict=True)
+    ]
+    text = "\n\n".join(f">>> {s.prompt!r}\n{s.prompt}{s.text}" for s in samples)
+    (workdir / "samples.txt").write_text(text + "\n")
+    return samples
+
+
+def write_report(
+    cfg: ExperimentConfig,
+    dataset: Dataset,
+    workdir: epath.Path,
+    samples: Sequence[report.Sample],
+    last: dict[str, float],
+) -> None:
+    """Writes `report.html` and prints the closing figures."""
+    rows, loads = read_rows(workdir / "metrics.jsonl"), read_rows(workdir / "loads.jsonl")
+    compared = _compare(cfg, dataset, last)
+    figures = [("steps", f"{len(rows):,}"), ("tokens", f"{rows[-1]['tokens']:,}")]
+    if "eval_loss" in last:
+        first = rows[0]["eval_loss"]
+        drop = 1 - last["eval_loss"] / first
+        figures += [
+            ("held-out loss at step 0", f"{first:.4f}"),
+            ("held-out loss", f"{last['eval_loss']:.4f}  ({drop:.1%} lower)"),
+        ]
+    if "eval_loss_ema" in last:
+        figures.append(("held-out loss, averaged weights", f"{last['eval_loss_ema']:.4f}"))
+    tail = [row["max_violation"] for row in rows[-20:]]
+    figures.append(("max violation, last 20 steps", f"{np.mean(tail):.3f}"))
+    page = report.render(
+        name=cfg.name,
+        rows=rows,
+        loads=loads,
+        figures=figures,
+        bits_per_byte=compared,
+        samples=samples,
+    )
+    (workdir / "report.html").write_text(page)
+    for name, value in [*figures, *((f"bits a byte, {n}", f"{v:.3f}") for n, v in compared)]:
+        print(f"{name:34s} {value}")
+    print(f"done: {workdir / 'report.html'}", flush=True)
+
+
+def _compare(
+    cfg: ExperimentConfig, dataset: Dataset, last: dict[str, float]
+) -> list[tuple[str, float]]:
+    """Bits a byte of the model and of the baselines on the held-out rows that were evaluated."""
+    if "bits_per_byte" not in last:
+        return []
+    n_rows = min(cfg.run.eval_sequences, len(dataset.heldout.tokens_NS))
+    n_bytes, vocab = dataset.heldout_bytes(n_rows), cfg.model.vocab_size
+    train = baselines.pairs(
+        np.concatenate([r.tokens_NS for r in dataset.train]),
+        np.concatenate([r.segments_NS for r in dataset.train]),
+    )
+    held = baselines.pairs(dataset.heldout.tokens_NS[:n_rows], dataset.heldout.segments_NS[:n_rows])
+    unigram = baselines.bits_per_byte(baselines.unigram_nats(train, held, vocab), n_bytes)
+    bigram = baselines.bits_per_byte(baselines.bigram_nats(train, held, vocab), n_bytes)
+    return [
+        ("this model", last["bits_per_byte"]),
+        ("interpolated bigram", bigram),
+        ("gzip -9", baselines.gzip_bits_per_byte(dataset.heldout_text(n_rows))),
+        ("unigram", unigram),
+    ]
+
+
+def _profile_range(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise ValueError(f"--profile={text}: write A:B with A < B")
+    return int(first), int(last)
+
+
+def _list_experiments() -> None:
+    for name in registry.names():
+        print(f"{name:16s} {registry.describe(name)}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses, runs; 2 for a mistake in the call, 1 for anything that cannot be used."""
+    if len(argv) > 1:
+        return _fail(f"unexpected arguments {' '.join(argv[1:])}; options start with --", 2)
+    try:
+        if _LIST.value:
+            _list_experiments()
+            return 0
+        if _EXP.value is None:
+            raise ValueError("--exp=NAME is missing; --list shows the experiments")
+        cfg = config.override(registry.get(_EXP.value), _SET.value)
+        profile = _profile_range(_PROFILE.value)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    logging.set_verbosity(logging.WARNING)
+    host.reuse_freed_memory()
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    workdir = _WORKDIR.value or f"runs/{cfg.name}"
+    try:
+        run(cfg, workdir, profile=profile, check=_CHECK.value)
+    except (ValueError, RuntimeError, OSError) as error:
+        return _fail(str(error).strip().split("\n")[0], 1)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"v3jax.train: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    app.run(main)
