@@ -20,7 +20,9 @@ from v3jax.config import ExperimentConfig
 LAMBDA, ALPHA = 0.7, 0.5
 EXPERIMENT = small.experiment()
 CFG = replace(EXPERIMENT, balance=replace(EXPERIMENT.balance, sequence_alpha=ALPHA))
-ISOLATED = replace(CFG, data=replace(CFG.data, isolate_documents=True))
+# One mixture-of-experts block and one prediction module, where gradients are not the point.
+BRIEF = replace(CFG, model=small.config(n_layers=1, n_dense_layers=0, mtp_depth=1))
+ISOLATED = replace(BRIEF, data=replace(CFG.data, isolate_documents=True))
 
 
 def scale(cfg: ExperimentConfig, segments: np.ndarray) -> objective.Scale:
@@ -42,7 +44,11 @@ _COMPILED: dict[Any, Any] = {}
 
 
 def run(
-    cfg: ExperimentConfig, tokens: np.ndarray, segments: np.ndarray, params: Any = None
+    cfg: ExperimentConfig,
+    tokens: np.ndarray,
+    segments: np.ndarray,
+    params: Any = None,
+    divisors: objective.Scale | None = None,
 ) -> tuple[float, objective.LossParts, Any]:
     """Total, parts and gradients."""
     own, state = trees(cfg)
@@ -57,7 +63,7 @@ def run(
         small.to_jax(state),
         jnp.asarray(tokens),
         jnp.asarray(segments),
-        scale(cfg, segments),
+        scale(cfg, segments) if divisors is None else divisors,
     )
     return float(total), parts, gradients
 
@@ -89,7 +95,7 @@ def test_gradients_equal_finite_differences_of_the_reference() -> None:
 
 
 def test_without_prediction_modules_the_objective_is_next_token_and_balance() -> None:
-    cfg = replace(CFG, model=small.config(mtp_depth=0))
+    cfg = replace(CFG, model=small.config(n_layers=1, n_dense_layers=0, mtp_depth=0))
     tokens, segments = small.batch(cfg, 2)
     total, parts, _ = run(cfg, tokens, segments)
     wanted = slow(cfg, tokens, segments)
@@ -108,7 +114,7 @@ def test_prediction_losses_have_fewer_terms_and_the_same_divisor() -> None:
     assert float(parts.mtp) == pytest.approx(log_v * (8 / 9 + 7 / 9) / 2, rel=1e-5)
 
 
-def test_gradients_do_not_depend_on_what_stands_in_the_padding() -> None:
+def test_what_stands_in_the_padding_changes_nothing() -> None:
     tokens, segments = small.batch(CFG, 2, padding=4)
     other = tokens.copy()
     other[0, -4:] = (other[0, -4:] + 17) % CFG.model.vocab_size
@@ -120,78 +126,75 @@ def test_gradients_do_not_depend_on_what_stands_in_the_padding() -> None:
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_next_token_loss_of_a_padded_row_equals_that_of_the_short_row() -> None:
-    tokens, segments = small.batch(CFG, 1, padding=4)
-    _, padded, _ = run(CFG, tokens, segments)
-    _, short, _ = run(CFG, tokens[:, :-4], segments[:, :-4])
-    assert float(padded.main) == pytest.approx(float(short.main), rel=1e-5)
-    assert float(padded.mtp) == pytest.approx(float(short.mtp), rel=1e-5)
+def sums_over(cfg: ExperimentConfig, documents: list[np.ndarray], term: str) -> tuple[float, int]:
+    """The reference's loss summed over documents that are rows of their own, and its targets."""
+    total, n_targets = 0.0, 0
+    for row in documents:
+        alone = slow(cfg, row[None], np.ones((1, row.size), int))
+        total += (row.size - 1) * getattr(alone, term)
+        n_targets += row.size - 1
+    return total, n_targets
+
+
+@pytest.mark.parametrize("term", ["main", "mtp"])
+def test_losses_of_a_padded_row_equal_those_of_the_short_row(term: str) -> None:
+    tokens, segments = small.batch(CFG, 2, padding=4)
+    total, n_targets = sums_over(CFG, [tokens[0, :-4], tokens[1]], term)
+    got = getattr(run(CFG, tokens, segments)[1], term)
+    assert float(got) == pytest.approx(total / n_targets, rel=1e-4)
 
 
 def test_a_row_of_padding_adds_no_loss_no_load_and_no_gradient() -> None:
-    tokens, segments = small.batch(CFG, 2)
-    padded = np.concatenate([segments, np.zeros((1, 10), np.int32)])
-    rows = np.concatenate([tokens, np.full((1, 10), 2, np.int32)])
-    free = replace(CFG, balance=replace(CFG.balance, sequence_alpha=0.0))
+    free = replace(BRIEF, balance=replace(CFG.balance, sequence_alpha=0.0))
+    tokens, segments = small.batch(free, 3)
+    segments[2] = 0
     total, parts, gradients = run(free, tokens, segments)
-    with_row, with_parts, with_gradients = run(free, rows, padded)
-    assert with_row == pytest.approx(total, rel=1e-5)
-    np.testing.assert_array_equal(parts.load_LE, with_parts.load_LE)
-    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(with_gradients), strict=True):
+    _, wanted_parts, wanted = run(free, tokens[:2], segments[:2])
+    assert total == pytest.approx(float(wanted_parts.main + LAMBDA * wanted_parts.mtp), rel=1e-5)
+    np.testing.assert_array_equal(parts.load_LE, wanted_parts.load_LE)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_isolated_documents_have_the_losses_of_the_documents_alone() -> None:
-    tokens, segments = small.batch(ISOLATED, 1)
-    segments[0, :6], segments[0, 6:] = 1, 2
-    _, packed, _ = run(ISOLATED, tokens, segments)
-    sums = {"main": 0.0, "mtp": 0.0}
-    for document in (slice(0, 6), slice(6, 10)):
-        alone_segments = segments[:, document]
-        _, alone, _ = run(ISOLATED, tokens[:, document], alone_segments)
-        n_targets = alone_segments.size - 1
-        sums["main"] += n_targets * float(alone.main)
-        sums["mtp"] += n_targets * float(alone.mtp)
-    assert float(packed.main) == pytest.approx(sums["main"] / 8, rel=1e-4)
-    assert float(packed.mtp) == pytest.approx(sums["mtp"] / 8, rel=1e-4)
+@pytest.mark.parametrize("term", ["main", "mtp"])
+def test_isolated_documents_have_the_losses_of_the_documents_alone(term: str) -> None:
+    tokens, segments = small.batch(ISOLATED, 2)
+    segments[0, 6:] = 2
+    total, n_targets = sums_over(ISOLATED, [tokens[0, :6], tokens[0, 6:], tokens[1]], term)
+    got = getattr(run(ISOLATED, tokens, segments)[1], term)
+    assert float(got) == pytest.approx(total / n_targets, rel=1e-4)
 
 
 def test_pre_training_attends_and_predicts_across_documents() -> None:
-    tokens, segments = small.batch(CFG, 2)
+    tokens, segments = small.batch(BRIEF, 2)
     many = segments + (np.arange(10) > 4)
     assert run(CFG, tokens, many)[0] == run(CFG, tokens, segments)[0]
-    assert float(run(ISOLATED, tokens, many)[1].main) != pytest.approx(
-        float(run(CFG, tokens, many)[1].main), rel=1e-3
-    )
 
 
 def test_shares_of_micro_batches_add_up_to_the_batch() -> None:
-    tokens, segments = small.batch(CFG, 4, padding=5)
+    tokens, segments = small.batch(CFG, 2, padding=5)
     total, parts, gradients = run(CFG, tokens, segments)
-    whole_scale = scale(CFG, segments)
-    params, state = (small.to_jax(t) for t in trees(CFG))
-    share = jax.jit(
-        lambda t, s: jax.value_and_grad(objective.loss, argnums=1, has_aux=True)(
-            CFG, params, state, t, s, whole_scale
-        )
-    )
-    shares = [share(tokens[i : i + 2], segments[i : i + 2]) for i in (0, 2)]
-    summed = jax.tree.map(jnp.add, *shares)
-    assert float(summed[0][0]) == pytest.approx(total, rel=1e-5)
-    np.testing.assert_array_equal(summed[0][1].load_LE, parts.load_LE)
-    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(summed[1]), strict=True):
+    whole = scale(CFG, segments)
+    shares = []
+    for b in range(2):  # each row with a row of padding beside it, under the batch's divisors
+        alone = segments.copy()
+        alone[1 - b] = 0
+        shares.append(run(CFG, tokens, alone, divisors=whole))
+    assert shares[0][0] + shares[1][0] == pytest.approx(total, rel=1e-5)
+    loads = shares[0][1].load_LE + shares[1][1].load_LE
+    np.testing.assert_array_equal(loads, parts.load_LE)
+    summed = jax.tree.map(jnp.add, shares[0][2], shares[1][2])
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(summed), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_evaluation_counts_next_token_targets_only() -> None:
-    tokens, segments = small.batch(CFG, 2, padding=4)
-    params, state = trees(CFG)
-    total, count = objective.eval_loss(
-        CFG, small.to_jax(params), small.to_jax(state), jnp.asarray(tokens), jnp.asarray(segments)
-    )
-    wanted = slow(CFG, tokens, segments)
+    tokens, segments = small.batch(BRIEF, 2, padding=4)
+    params, state = (small.to_jax(t) for t in trees(BRIEF))
+    evaluate = jax.jit(lambda t, s: objective.eval_loss(BRIEF, params, state, t, s))
+    total, count = evaluate(tokens, segments)
     assert int(count) == 9 + 5
-    assert float(total) / int(count) == pytest.approx(wanted.main, rel=1e-4)
+    assert float(total) / int(count) == pytest.approx(slow(BRIEF, tokens, segments).main, rel=1e-4)
 
 
 @pytest.mark.parametrize(

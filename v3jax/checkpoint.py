@@ -3,16 +3,21 @@
     <workdir>/checkpoints/<step>/state/          arrays, by orbax
     <workdir>/checkpoints/<step>/manifest.json   written last: it alone makes the step exist
 
-The manifest holds the step, the config, the position in the data, and shape, type and SHA-256 of
-every array, and ends in a digest of itself, so that a half-written one counts as absent. No commit
-relies on a rename, which object stores do not have. `step` counts the batches drawn from the
-loader, committed or not.
+The manifest holds the step, the config, the position in the data, the size of every file, the
+shape, type and SHA-256 of every array, and a digest of itself. It appears whole or not at all: an
+object store puts a file in one piece, and a local disk gets it by a rename. So a folder without a
+manifest is what an interrupted save left, and a manifest that does not match its digest was
+damaged afterwards, which is an error. `step` counts the batches drawn from the loader, committed
+or not.
 """
 
 import hashlib
 import json
+import os
+import shutil
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -58,31 +63,62 @@ def checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
     return epath.Path(workdir) / "checkpoints"
 
 
-def committed(workdir: epath.PathLike) -> list[Checkpoint]:
-    """The complete checkpoints of a run directory, oldest first."""
+def local_path(path: epath.PathLike) -> Path | None:
+    """The path on this machine's disk, or None for an object store's (gs://, s3://)."""
+    text = os.fspath(path)
+    return None if "://" in text else Path(text)
+
+
+def free_bytes(workdir: epath.PathLike) -> int | None:
+    """Free bytes on the disk that holds `workdir`, or will; None on an object store."""
+    path = local_path(workdir)
+    if path is None:
+        return None
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def committed_steps(workdir: epath.PathLike) -> list[int]:
+    """The steps that have a manifest, in order."""
+    return sorted(int(s.name) for s in _step_folders(workdir) if (s / "manifest.json").exists())
+
+
+def _step_folders(workdir: epath.PathLike) -> list[epath.Path]:
     folder = checkpoints_folder(workdir)
-    if not folder.exists():
-        return []
-    found = (_read_manifest(step) for step in folder.iterdir() if step.name.isdigit())
-    return sorted((c for c in found if c is not None), key=lambda c: c.step)
+    return [s for s in folder.iterdir() if s.name.isdigit()] if folder.exists() else []
+
+
+def load(workdir: epath.PathLike, step: int) -> Checkpoint:
+    """The checkpoint of a step that has a manifest; its arrays are not read yet.
+
+    Raises:
+      ValueError: the manifest is damaged.
+    """
+    file = checkpoints_folder(workdir) / str(step) / "manifest.json"
+    manifest: dict[str, Any] = {}
+    try:
+        manifest = json.loads(file.read_text())
+        whole = manifest.pop("sha256") == _digest_json(manifest) and manifest["step"] == step
+    except (ValueError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"{file}: the manifest of step {step} is damaged; "
+            "remove its folder to continue from the step before it"
+        )
+    return Checkpoint(file.parent, manifest)
 
 
 def latest(workdir: epath.PathLike) -> Checkpoint | None:
-    """The newest complete checkpoint, or None."""
-    found = committed(workdir)
-    return found[-1] if found else None
+    """The newest complete checkpoint, or None.
 
-
-def _read_manifest(folder: epath.Path) -> Checkpoint | None:
-    file = folder / "manifest.json"
-    if not file.exists():
-        return None
-    try:
-        manifest = json.loads(file.read_text())
-        written = manifest.pop("sha256")
-    except (ValueError, KeyError, AttributeError):
-        return None
-    return Checkpoint(folder, manifest) if written == _digest_json(manifest) else None
+    Raises:
+      ValueError: its manifest is damaged.
+    """
+    steps = committed_steps(workdir)
+    return load(workdir, steps[-1]) if steps else None
 
 
 def _digest_json(value: Any) -> str:
@@ -93,8 +129,22 @@ def _digest_array(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()
 
 
+def _file_sizes(folder: epath.Path, prefix: str = "") -> dict[str, int]:
+    """Bytes of every file below `folder`, by its path from there."""
+    sizes: dict[str, int] = {}
+    for path in folder.iterdir():
+        name = f"{prefix}{path.name}"
+        if path.is_dir():
+            sizes |= _file_sizes(path, f"{name}/")
+        else:
+            sizes[name] = path.stat().length
+    return sizes
+
+
 class Writer:
     """Saves states in the background, one at a time; a failure surfaces at the next call.
+
+    As a context manager it waits for the save in progress, whatever ends the run.
 
     Raises:
       RuntimeError: from `save`, `poll` or `wait`, when an earlier save failed.
@@ -107,6 +157,13 @@ class Writer:
         self._cfg = cfg
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.join()
 
     def save(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
         """Starts saving; returns once the arrays are copied, so `state` may be donated."""
@@ -144,14 +201,13 @@ class Writer:
     def _save(self, step: int, arrays: dict[str, np.ndarray], data_state: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp
 
-        folder = checkpoints_folder(self._workdir) / str(step)
-        if _read_manifest(folder) is not None:
+        if step in committed_steps(self._workdir):
             return  # saved before a restart, bit for bit the same
-        if folder.exists():
-            folder.rmtree()  # what an interrupted save left
+        self._drop_leftovers()
+        folder = checkpoints_folder(self._workdir) / str(step)
         folder.mkdir(parents=True)
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(folder / "state", args=ocp.args.StandardSave(arrays))
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(arrays))
         manifest = {
             "format": CHECKPOINT_FORMAT,
             "step": step,
@@ -163,30 +219,68 @@ class Writer:
                 k: {"shape": list(a.shape), "dtype": str(a.dtype), "sha256": _digest_array(a)}
                 for k, a in arrays.items()
             },
+            "files": _file_sizes(folder / "state"),
         }
         manifest["sha256"] = _digest_json(manifest)
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        write_whole(folder / "manifest.json", json.dumps(manifest, indent=1))
         self._drop_old()
 
+    def _drop_leftovers(self) -> None:
+        """Removes what interrupted saves left; a step with a manifest is never touched."""
+        kept = set(committed_steps(self._workdir))
+        for folder in _step_folders(self._workdir):
+            if int(folder.name) not in kept:
+                folder.rmtree()
+
     def _drop_old(self) -> None:
-        for old in committed(self._workdir)[: -self._cfg.run.keep_checkpoints]:
-            (old.folder / "manifest.json").unlink()  # from here on it does not exist
-            old.folder.rmtree()
+        for step in committed_steps(self._workdir)[: -self._cfg.run.keep_checkpoints]:
+            folder = checkpoints_folder(self._workdir) / str(step)
+            (folder / "manifest.json").unlink()  # from here on it does not exist
+            folder.rmtree()
 
 
-def check_config(checkpoint: Checkpoint, cfg: ExperimentConfig) -> None:
-    """Refuses to continue a run under other mathematics.
+def write_whole(file: epath.Path, text: str) -> None:
+    """Writes a file that a reader sees whole or not at all, and that outlives a power cut."""
+    local = local_path(file)
+    if local is None:
+        file.write_text(text)  # an object appears when its upload is complete
+        return
+    temporary = local.with_name(f".{local.name}.new")
+    with temporary.open("w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(local)
+
+
+def check_workdir(workdir: epath.PathLike, cfg: ExperimentConfig) -> Checkpoint | None:
+    """The checkpoint from which `cfg` continues in `workdir`, or None; changes nothing.
 
     Raises:
-      ValueError: another checkpoint format, or a field outside `MAY_CHANGE` differs.
+      ValueError: no directory, a damaged manifest, another format, or a run under other
+        mathematics: a field outside `MAY_CHANGE` differs.
     """
-    manifest = checkpoint.manifest
-    if manifest["format"] != CHECKPOINT_FORMAT:
+    root = epath.Path(workdir)
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root}: is a file; choose another --workdir")
+    found = latest(root)
+    if found is not None and found.manifest["format"] != CHECKPOINT_FORMAT:
         raise ValueError(
-            f"{checkpoint.folder}: checkpoint format {manifest['format']}, this version reads "
+            f"{found.folder}: checkpoint format {found.manifest['format']}, this version reads "
             f"{CHECKPOINT_FORMAT}; use the version that wrote it"
         )
-    then, now = manifest["config"], {k: repr(v) for k, v in flatten(cfg).items()}
+    if found is not None:
+        _check_same(root, found.manifest["config"], cfg)
+    elif (root / "config.txt").exists():  # a run that ended before its first checkpoint
+        lines = (root / "config.txt").read_text().splitlines()
+        _check_same(root, dict(line.split(" = ", 1) for line in lines if " = " in line), cfg)
+    elif (root / "metrics.jsonl").exists():
+        raise ValueError(f"{root}: holds metrics.jsonl but no run; choose another --workdir")
+    return found
+
+
+def _check_same(root: epath.Path, then: dict[str, str], cfg: ExperimentConfig) -> None:
+    now = {k: repr(v) for k, v in flatten(cfg).items()}
     changed = [
         f"{k} was {then.get(k, 'absent')}, is {now.get(k, 'absent')}"
         for k in sorted(then.keys() | now.keys())
@@ -194,8 +288,7 @@ def check_config(checkpoint: Checkpoint, cfg: ExperimentConfig) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{checkpoint.folder.parent.parent}: holds another experiment ({'; '.join(changed)}); "
-            "choose another --workdir"
+            f"{root}: holds another experiment ({'; '.join(changed)}); choose another --workdir"
         )
 
 
@@ -205,10 +298,42 @@ def restore(checkpoint: Checkpoint, target: TrainState) -> TrainState:
     Raises:
       ValueError: an array is missing, damaged, or of another shape or type than `target`'s.
     """
-    wanted = flat_arrays(target)
+    return _restore_tree(checkpoint, target, prefix="")
+
+
+def load_params(
+    checkpoint: Checkpoint, target: TrainState, *, ema: bool = False
+) -> tuple[Any, Any]:
+    """Parameters, or their moving average, and router state in the places of `target`, verified.
+
+    Raises:
+      ValueError: as `restore`, or the run kept no average.
+    """
+    if ema and target.ema is None:
+        raise ValueError(f"{checkpoint.folder}: the run kept no averaged weights; drop --ema")
+    name, like = ("ema", target.ema) if ema else ("params", target.params)
+    params = _restore_tree(checkpoint, like, prefix=f"{name}.")
+    return params, _restore_tree(checkpoint, target.router_state, prefix="router_state.")
+
+
+def _restore_tree(checkpoint: Checkpoint, target: Any, prefix: str) -> Any:
+    wanted = {f"{prefix}{name}": like for name, like in flat_arrays(target).items()}
     arrays = read_arrays(checkpoint, wanted)
-    placed = [jax.device_put(arrays[k], x.sharding) for k, x in wanted.items()]
+    placed = [jax.device_put(arrays[name], like.sharding) for name, like in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(target), placed)
+
+
+def verify(workdir: epath.PathLike, step: int) -> None:
+    """Reads every array of a checkpoint against its digest.
+
+    Raises:
+      ValueError: the step does not exist, or naming what is damaged.
+    """
+    if step not in committed_steps(workdir):
+        raise ValueError(f"{checkpoints_folder(workdir) / str(step)}: no complete checkpoint")
+    checkpoint = load(workdir, step)
+    wanted = {name: _abstract(entry) for name, entry in checkpoint.manifest["arrays"].items()}
+    read_arrays(checkpoint, wanted)
 
 
 def read_arrays(checkpoint: Checkpoint, wanted: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -217,34 +342,55 @@ def read_arrays(checkpoint: Checkpoint, wanted: dict[str, Any]) -> dict[str, np.
     for name, like in wanted.items():
         entry = listed.get(name)
         if entry is None:
-            raise ValueError(f"{checkpoint.folder}: lacks the array {name}")
+            raise ValueError(f"{checkpoint.folder}: lacks the array {name}; use the code it is of")
         if tuple(entry["shape"]) != like.shape or entry["dtype"] != str(like.dtype):
             raise ValueError(
                 f"{checkpoint.folder}: {name} is {entry['dtype']}{entry['shape']}, this run "
-                f"needs {like.dtype}{list(like.shape)}"
+                f"needs {like.dtype}{list(like.shape)}; use the code it is of"
             )
-    arrays = _load(checkpoint)
-    for name in wanted:
-        if _digest_array(arrays[name]) != listed[name]["sha256"]:
+    arrays = _read(checkpoint, {name: _abstract(listed[name]) for name in wanted})
+    for name, like in wanted.items():
+        array = arrays[name]
+        if array.shape != like.shape or _digest_array(array) != listed[name]["sha256"]:
             raise ValueError(_damaged(checkpoint, f"array {name} does not match its digest"))
-    return {name: arrays[name] for name in wanted}
+    return arrays
 
 
-def _load(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+def _abstract(entry: dict[str, Any]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]))
+
+
+def _read(checkpoint: Checkpoint, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+    """Reads these arrays and no others."""
     import orbax.checkpoint as ocp
 
-    target = {
-        name: np.empty(entry["shape"], np.dtype(entry["dtype"]))
-        for name, entry in checkpoint.manifest["arrays"].items()
-    }
+    _check_files(checkpoint)
+    if not wanted:
+        return {}
+
+    as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
+    args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(
-                checkpoint.folder / "state", args=ocp.args.StandardRestore(target)
-            )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            arrays = checkpointer.restore(checkpoint.folder / "state", args=args)
     except Exception as error:  # orbax raises many kinds for a damaged file
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(_damaged(checkpoint, reason)) from error
+    for name in wanted:  # what a damaged index of orbax's does not list is left out silently
+        if not isinstance(arrays.get(name), np.ndarray):
+            raise ValueError(_damaged(checkpoint, f"array {name} is not in the index"))
+    return arrays
+
+
+def _check_files(checkpoint: Checkpoint) -> None:
+    """Finds missing and truncated files without opening any."""
+    there = _file_sizes(checkpoint.folder / "state")
+    for name, size in checkpoint.manifest["files"].items():
+        if name not in there:
+            raise ValueError(_damaged(checkpoint, f"the file state/{name} is missing"))
+        if there[name] != size:
+            reason = f"the file state/{name} has {there[name]} bytes instead of {size}"
+            raise ValueError(_damaged(checkpoint, reason))
 
 
 def _damaged(checkpoint: Checkpoint, reason: str) -> str:
@@ -252,16 +398,3 @@ def _damaged(checkpoint: Checkpoint, reason: str) -> str:
         f"{checkpoint.folder}: step {checkpoint.step} is damaged ({reason}); "
         "remove this folder to continue from the step before it"
     )
-
-
-def verify(checkpoint: Checkpoint) -> None:
-    """Reads every array of a checkpoint against its digest.
-
-    Raises:
-      ValueError: naming the first damaged array.
-    """
-    wanted = {
-        name: jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]))
-        for name, entry in checkpoint.manifest["arrays"].items()
-    }
-    read_arrays(checkpoint, wanted)

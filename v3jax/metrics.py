@@ -2,16 +2,20 @@
 
 Row `k` of `metrics.jsonl` describes step `k`: loss, rate and speed of that step, and `eval_*` of
 the parameters *before* it; the last row's `eval_*` are of the finished parameters. `loads.jsonl`
-holds the experts' loads of about 200 steps, for the report's heat map.
+holds the experts' loads of about 200 steps, for the report's heat map. A loss that is not finite
+is `null` there, since JSON has no such numbers.
 Dims: L MoE layers (MTP last), E experts.
 """
 
 import json
-from pathlib import Path
+import math
+import time
 from typing import Any
 
 import numpy as np
 from etils import epath
+
+from v3jax.checkpoint import local_path, write_whole
 
 _LOAD_ROWS = 200
 
@@ -30,44 +34,40 @@ PEAK_FLOPS = {
 class JsonLines:
     """A growing file of JSON objects, each with a `step`.
 
-    On a local disk rows are appended and flushed; an object store cannot append, so there the
+    On a local disk rows are appended as they come; an object store cannot append, so there the
     whole file is put again at `flush`.
     """
 
     def __init__(self, path: epath.Path, first_step: int) -> None:
         """Keeps the rows before `first_step` and drops the rest, also a torn last line."""
         self._path = path
-        self._local = isinstance(path, Path)
-        rows = [row for row in read_rows(path) if row["step"] < first_step]
-        text = "".join(_line(row) for row in rows)
-        if self._local:
-            temporary = path.parent / f".{path.name}.new"
-            temporary.write_text(text)
-            temporary.replace(path)
-            self._file = path.open("a")
-        else:
-            self._text = [text]
-            self.flush()
+        self._rows = [_line(row) for row in read_rows(path) if row["step"] < first_step]
+        write_whole(path, "".join(self._rows))
+        local = local_path(path)
+        self._file = None if local is None else local.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
-        if self._local:
+        if self._file is None:
+            self._rows.append(_line(row))
+        else:
             self._file.write(_line(row))
             self._file.flush()
-        else:
-            self._text.append(_line(row))
 
     def flush(self) -> None:
-        if not self._local:
-            self._path.write_text("".join(self._text))
+        if self._file is None:
+            self._path.write_text("".join(self._rows))
 
     def close(self) -> None:
         self.flush()
-        if self._local:
+        if self._file is not None:
             self._file.close()
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row) + "\n"
+    finite = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_rows(path: epath.PathLike) -> list[dict[str, Any]]:
@@ -85,36 +85,68 @@ def read_rows(path: epath.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
+class Events:
+    """Scalars for TensorBoard, written without TensorFlow."""
+
+    def __init__(self, folder: epath.Path, first_step: int) -> None:
+        """A run continued at `first_step` makes TensorBoard drop what it had from there on."""
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event: Any = event_pb2  # generated modules: their messages have no annotations
+        self._summary: Any = summary_pb2
+        self._writer = EventFileWriter(str(folder))
+        if first_step:
+            self._add(first_step, session_log=self._event.SessionLog(status="START"))
+
+    def write(self, row: dict[str, Any]) -> None:
+        values = [
+            self._summary.Summary.Value(tag=name, simple_value=float(value))
+            for name, value in row.items()
+            if name != "step"
+        ]
+        self._add(row["step"], summary=self._summary.Summary(value=values))
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._writer.add_event(self._event.Event(wall_time=time.time(), step=step, **content))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 class Recorder:
-    """Writes every row to all three places."""
+    """Writes every row to all three places; a context manager that closes them."""
 
     def __init__(self, workdir: epath.PathLike, first_step: int, n_steps: int) -> None:
-        from tensorboard.summary import Writer
-
         root = epath.Path(workdir)
         self._metrics = JsonLines(root / "metrics.jsonl", first_step)
         self._loads = JsonLines(root / "loads.jsonl", first_step)
         self._every = max(1, n_steps // _LOAD_ROWS)
-        self._events = Writer(str(root / "tensorboard"))
+        self._events = Events(root / "tensorboard", first_step)
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.close()
+        self._loads.close()
+        self._events.close()
 
     def write(self, row: dict[str, Any], load_LE: np.ndarray) -> None:
         """Records one step: its row, and its loads if it is one of those kept."""
         self._metrics.write(row)
         if row["step"] % self._every == 0:
             self._loads.write({"step": row["step"], "load": load_LE.tolist()})
-        for name, value in row.items():
-            if name != "step":
-                self._events.add_scalar(name, float(value), row["step"])
+        self._events.write(row)
 
     def flush(self) -> None:
+        """Puts everything where a restart finds it; called before a checkpoint commits."""
         self._metrics.flush()
         self._loads.flush()
         self._events.flush()
-
-    def close(self) -> None:
-        self._metrics.close()
-        self._loads.close()
-        self._events.close()
 
 
 def mfu(flops_per_token: float, tokens_per_second: float, device_kind: str, n: int) -> float | None:

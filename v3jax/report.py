@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 260, 56, 28
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 264, 56, 32
+_FEW_POINTS = 25
 _COLOURS = ("#2563a8", "#c2410c", "#15803d", "#7c3aed")
 
 _STYLE = """
@@ -75,16 +76,16 @@ def chart(lines: Sequence[Line], label: str) -> str:
         points = " ".join(
             f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in zip(item.x, item.y, strict=True)
         )
-        if len(item.x) == 1:
-            x, y = points.split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
+        if len(item.x) <= _FEW_POINTS:
+            for x, y in (point.split(",") for point in points.split()):
+                parts.append(f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>')
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
         )
         x = _LEFT + 12 + i * 160
         parts.append(f'<rect x="{x}" y="2" width="14" height="4" fill="{colour}"/>')
         parts.append(f'<text x="{x + 20}" y="9">{html.escape(item.name)}</text>')
-    parts.append(f'<text x="{_WIDTH - 10}" y="{_HEIGHT - 1}" text-anchor="end">step</text></svg>')
+    parts.append(f'<text x="{_WIDTH - 10}" y="{_HEIGHT - 4}" text-anchor="end">step</text></svg>')
     return "".join(parts)
 
 
@@ -145,6 +146,19 @@ def _heat(relative: float) -> str:
     return f"rgb({255 - 61 * t:.0f},{255 - 190 * t:.0f},{255 - 243 * t:.0f})"
 
 
+def colour_key() -> str:
+    """The heat maps' colours beside the loads they stand for."""
+    parts = [f'<svg viewBox="0 0 {_WIDTH} 22" role="img" aria-label="colours of the heat maps">']
+    for i, relative in enumerate((0.0, 0.5, 1.0, 1.5, 2.0, 3.0)):
+        x = _LEFT + 90 * i
+        text = f"{relative:g} x mean" + (" or more" if relative == 3 else "")
+        parts.append(
+            f'<rect x="{x}" y="4" width="14" height="14" stroke="#e3e7ed" '
+            f'fill="{_heat(relative)}"/><text x="{x + 20}" y="15">{text}</text>'
+        )
+    return "".join(parts) + "</svg>"
+
+
 def table(rows: Sequence[tuple[str, str]]) -> str:
     """A two-column table of names and figures."""
     cells = (
@@ -157,6 +171,7 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 def render(
     *,
     name: str,
+    mtp_depth: int,
     rows: Sequence[dict[str, Any]],
     loads: Sequence[dict[str, Any]],
     figures: Sequence[tuple[str, str]],
@@ -166,6 +181,7 @@ def render(
     """The page of a run.
 
     Args:
+      mtp_depth: how many of the layers in `loads`, the last ones, are MTP modules.
       rows: rows of `metrics.jsonl`.
       loads: rows of `loads.jsonl`, `load` being `[L][E]` counts.
       figures: the run's closing figures.
@@ -192,7 +208,7 @@ def render(
         "<h2>Balance of the experts</h2>",
         "<p>Maximal violation: (largest load - mean) / mean, averaged over layers.</p>",
         chart([line(rows, "max_violation", "max violation")], "maximal violation over steps"),
-        *_heat_maps(loads),
+        *_heat_maps(loads, mtp_depth),
         "<h2>Schedules</h2>",
         chart([line(rows, "lr", "learning rate")], "learning rate over steps"),
         chart([line(rows, "batch_size", "batch, sequences")], "batch size over steps"),
@@ -208,16 +224,19 @@ def render(
     )
 
 
-def _heat_maps(loads: Sequence[dict[str, Any]]) -> list[str]:
-    """One map a layer, with at most 80 columns."""
+def _heat_maps(loads: Sequence[dict[str, Any]], mtp_depth: int) -> list[str]:
+    """The colours' key and one map a layer, with at most 80 columns."""
     if not loads or not loads[0]["load"]:
         return []
-    thinned = loads[:: max(1, len(loads) // 80)]
+    thinned = loads[:: math.ceil(len(loads) / 80)]
     steps_S = [row["step"] for row in thinned]
     load_SLE = np.array([row["load"] for row in thinned], dtype=np.float64)
-    caption = "Load of each expert relative to the mean: white balanced, orange above, blue below."
-    maps = [
-        f"<figure>{heat_map(steps_S, load_SLE[:, i], f'MoE layer {i}')}</figure>"
-        for i in range(load_SLE.shape[1])
+    n_moe = load_SLE.shape[1] - mtp_depth
+    titles = [f"MoE layer {i}" for i in range(n_moe)] + [
+        f"MTP module {k}" for k in range(mtp_depth)
     ]
-    return [*maps, f"<figcaption>{caption} MTP modules come last.</figcaption>"]
+    maps = [
+        f"<figure>{heat_map(steps_S, load_SLE[:, i], title)}</figure>"
+        for i, title in enumerate(titles)
+    ]
+    return ["<p>Load of each expert over the steps:</p>", colour_key(), *maps]

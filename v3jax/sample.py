@@ -6,18 +6,19 @@ python -m v3jax.sample --ckpt=runs/v3_tiny --prompt="def " [--ema] [--tokens=64]
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 
 from v3jax import checkpoint, config, decode, host
-from v3jax.config import ExperimentConfig
+from v3jax.config import ExperimentConfig, MeshConfig
 from v3jax.data.loader import cache_folder
 from v3jax.data.tokenizer import Tokenizer
 from v3jax.sharding import make_mesh
-from v3jax.state import TrainState, abstract_state
+from v3jax.state import abstract_state
 
 _CKPT = flags.DEFINE_string("ckpt", None, "Run directory.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue.")
@@ -39,27 +40,33 @@ def load_run(
     found = checkpoint.latest(root)
     if found is None:
         raise ValueError(f"{root}: no complete checkpoint here; --ckpt names a run directory")
-    cfg = config.from_text((root / "config.txt").read_text())
     if not (root / "tokenizer.json").exists():
         raise ValueError(f"{root}: no tokenizer.json; the run was trained on synthetic data")
+    text = "".join(f"{path} = {value}\n" for path, value in found.manifest["config"].items())
+    cfg = replace(config.from_text(text), mesh=MeshConfig())  # one device, wherever it was trained
     tokenizer = Tokenizer((root / "tokenizer.json").read_text(), str(root / "tokenizer.json"))
-    state: TrainState = checkpoint.restore(found, abstract_state(cfg, make_mesh(cfg.mesh)))
-    if ema and state.ema is None:
-        raise ValueError(f"{root}: the run kept no averaged weights; drop --ema")
-    return cfg, state.ema if ema else state.params, state.router_state, tokenizer
+    target = abstract_state(cfg, make_mesh(cfg.mesh))
+    params, router_state = checkpoint.load_params(found, target, ema=ema)
+    return cfg, params, router_state, tokenizer
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1 or _CKPT.value is None:
-        print("v3jax.sample: --ckpt=RUN_DIRECTORY is missing", file=sys.stderr)
-        return 2
+    """Parses, generates; 2 for a mistake in the call, 1 for a run that cannot be used."""
+    if len(argv) > 1:
+        return _fail(f"unexpected arguments {' '.join(argv[1:])}; options start with --", 2)
+    if _CKPT.value is None:
+        return _fail("--ckpt=RUN_DIRECTORY is missing", 2)
+    logging.set_verbosity(logging.WARNING)
     host.reuse_freed_memory()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     try:
-        cfg, params, router_state, tokenizer = load_run(_CKPT.value, ema=_EMA.value)
-    except ValueError as error:
-        print(f"v3jax.sample: {error}", file=sys.stderr)
-        return 1
+        return _run(_CKPT.value)
+    except (ValueError, OSError) as error:
+        return _fail(str(error).strip().split("\n")[0], 1)
+
+
+def _run(ckpt: str) -> int:
+    cfg, params, router_state, tokenizer = load_run(ckpt, ema=_EMA.value)
     start = time.monotonic()
     ids = decode.generate(
         cfg,
@@ -77,5 +84,17 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _fail(message: str, code: int) -> int:
+    print(f"v3jax.sample: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(_fail(" ".join(str(error).split()), 2))
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse)

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -39,6 +40,16 @@ _LIST = flags.DEFINE_bool("list", False, "List the experiments and stop.")
 _PROFILE = flags.DEFINE_string("profile", None, "A:B writes a trace of steps A to B - 1.")
 _CHECK = flags.DEFINE_bool("check", False, "Build everything, report, stop before step 0.")
 
+_FLOAT_METRICS = (
+    "loss",
+    "mtp_loss",
+    "balance_loss",
+    "lr",
+    "grad_norm",
+    "bias_speed",
+    "mtp_weight",
+    "max_violation",
+)
 _SAMPLE_PROMPTS = ("def ", "import numpy as np\n", "The ")
 _SAMPLE_TOKENS = 48
 
@@ -68,18 +79,16 @@ def run(
     """
     workdir = epath.Path(workdir)
     # ---- Who runs where. The directory is judged before anything in it changes.
-    found = checkpoint.latest(workdir)
-    _check_workdir(workdir, found, cfg)
+    found = checkpoint.check_workdir(workdir, cfg)
     mesh = make_mesh(cfg.mesh)
 
-    # ---- Data
-    dataset = open_dataset(cfg)
-    loader = make_loader(cfg, dataset)
-    total_steps = n_steps(cfg)
-    if cfg.run.eval_sequences > len(dataset.heldout.tokens_NS):
-        print(f"held-out rows: {len(dataset.heldout.tokens_NS)}, all of them are evaluated")
-
-    with jax.set_mesh(mesh):
+    with StopSignal() as stop, jax.set_mesh(mesh):
+        # ---- Data
+        dataset = open_dataset(cfg)
+        loader = make_loader(cfg, dataset)
+        total_steps = n_steps(cfg)
+        if cfg.run.eval_sequences > len(dataset.heldout.tokens_NS):
+            print(f"held-out rows: {len(dataset.heldout.tokens_NS)}, all of them are evaluated")
         train_step = make_train_step(cfg, mesh)
         if check:
             return _preflight(cfg, workdir, dataset, mesh, train_step)
@@ -93,53 +102,61 @@ def run(
             start = found.step
             print(f"continuing from step {start} of {found.folder}", flush=True)
         _describe(workdir, cfg, dataset)
-        writer = checkpoint.Writer(workdir, cfg)
-        recorder = Recorder(workdir, start, total_steps)
         evaluation = Evaluation(cfg, dataset)
-        stop = StopSignal()
+        trace = Trace(workdir / "profile", profile)
 
-        # ---- Loop. A step's metrics are read after the next one is dispatched, so the device
-        # never waits for the host; a checkpoint is taken before the next batch is drawn, so that
-        # state and data position agree.
-        progress = Progress(cfg.name, start, total_steps)
-        pending: Pending | None = None
-        step = start
-        while step < total_steps and not stop.requested:
-            evaluated = evaluation.at(step, state)
-            waited = time.monotonic()
-            batch = next(loader)
-            waited = time.monotonic() - waited
-            if profile is not None and step == profile[0]:
-                jax.profiler.start_trace(str(workdir / "profile"))
-            with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, *_on_device(batch))
+        with (
+            checkpoint.Writer(workdir, cfg) as writer,
+            Recorder(workdir, start, total_steps) as recorder,
+            closing(Progress(cfg.name, start, total_steps)) as progress,
+        ):
+            # ---- Loop. A step's metrics are read after the next one is dispatched, so the device
+            # never waits for the host. Evaluations and checkpoints wait for the step before them
+            # first: its speed is then its own. A checkpoint is taken before the next batch is
+            # drawn, so that state and data position agree.
+            pending: Pending | None = None
+            step = start
+            while step < total_steps and not stop.requested:
+                evaluated = {}
+                if evaluation.due(step):
+                    _finish(pending, recorder, progress, cfg)
+                    pending = None
+                    evaluated = evaluation.of(state)
+                    progress.lap()
+                waited = time.monotonic()
+                batch = next(loader)
+                waited = time.monotonic() - waited
+                trace.before(step)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = train_step(state, *_on_device(batch))
+                _finish(pending, recorder, progress, cfg)
+                pending = Pending(step, batch, loader.sequences, metrics, evaluated, waited)
+                step += 1
+                trace.after(step, metrics)
+                writer.poll()
+                every = cfg.run.checkpoint_every
+                if every and step % every == 0 and step < total_steps:
+                    _finish(pending, recorder, progress, cfg)
+                    pending = None
+                    recorder.flush()
+                    writer.save(step, state, loader.get_state())
+
+            # ---- End: the last step's row carries the evaluation of the finished parameters. All
+            # rows are in place before the last checkpoint makes them final.
+            trace.close()
+            finished = step >= total_steps
             if pending is not None:
-                pending.finish(recorder, progress, cfg)
-            pending = Pending(step, batch, loader.sequences, metrics, evaluated, waited)
-            step += 1
-            if profile is not None and step == profile[1]:
-                jax.block_until_ready(metrics)
-                jax.profiler.stop_trace()
-            writer.poll()
-            if cfg.run.checkpoint_every and step % cfg.run.checkpoint_every == 0:
-                pending.finish(recorder, progress, cfg)
-                pending = None
-                recorder.flush()
+                jax.block_until_ready(pending.metrics)
+                pending.seconds = progress.lap()
+            last = evaluation.of(state) if finished else {}
+            if pending is not None:
+                pending.evaluated = pending.evaluated | last
+            _finish(pending, recorder, progress, cfg)
+            recorder.flush()
+            if step > start:
                 writer.save(step, state, loader.get_state())
-
-        # ---- End: the last step's row carries the evaluation of the finished parameters.
-        finished = step >= total_steps
-        last = evaluation.of(state) if finished else {}
-        if pending is not None:
-            pending.evaluated = pending.evaluated | last
-            pending.finish(recorder, progress, cfg)
-        writer.wait()
-        if step > start and not (found is not None and step == found.step):
-            writer.save(step, state, loader.get_state())
             writer.wait()
-        recorder.close()
-        progress.close()
-        stop.release()
+
         if not finished:
             print(f"stopped by a signal at step {step}; the same command continues", flush=True)
             return Result(step, False, None, None)
@@ -159,46 +176,51 @@ class Pending:
     metrics: dict[str, jax.Array]
     evaluated: dict[str, float]
     waited: float
+    seconds: float | None = None
+    """What the step took, if it was measured already."""
 
-    def finish(self, recorder: Recorder, progress: Progress, cfg: ExperimentConfig) -> None:
-        """Waits for the step, records its row, and stops a run that no longer makes progress."""
-        values = jax.device_get(self.metrics)
-        seconds = progress.lap()
+    def row(self, values: dict[str, Any], seconds: float, cfg: ExperimentConfig) -> dict[str, Any]:
+        """The step's row of `metrics.jsonl` from what the device returned."""
         size = self.batch.n_micro * cfg.batch.micro_batch
         tokens = size * cfg.data.seq_len
         row = {
             "step": self.step,
             "tokens": self.sequences * cfg.data.seq_len,
-            "loss": float(values["loss"]),
-            "mtp_loss": float(values["mtp_loss"]),
-            "balance_loss": float(values["balance_loss"]),
-            "lr": float(values["lr"]),
-            "grad_norm": float(values["grad_norm"]),
+            **{name: float(values[name]) for name in _FLOAT_METRICS},
             "batch_size": size,
-            "bias_speed": float(values["bias_speed"]),
-            "mtp_weight": float(values["mtp_weight"]),
-            "max_violation": float(values["max_violation"]),
             "committed": int(values["committed"]),
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "data_wait_seconds": self.waited,
         }
+        if not row["committed"]:  # where to look: positions in the loader's order
+            row |= {"first_sequence": self.sequences - size, "bad_steps": int(values["bad_steps"])}
         flops = cost.flops_per_token(cfg.model, cfg.data.seq_len, mtp=True)
         share = mfu(flops, tokens / seconds, jax.devices()[0].device_kind, cfg.mesh.n_devices)
-        row |= {} if share is None else {"mfu": share}
-        recorder.write(row | self.evaluated, values["load_LE"])
-        progress.show(row)
-        if not row["committed"]:
-            first = self.sequences - size
-            print(
-                f"step {self.step}: loss or gradient not finite, nothing committed "
-                f"(sequences {first}..{self.sequences - 1})",
-                flush=True,
-            )
-        if int(values["bad_steps"]) >= cfg.run.max_bad_steps:
-            recorder.close()
+        return row | ({} if share is None else {"mfu": share}) | self.evaluated
+
+
+def _finish(
+    pending: Pending | None, recorder: Recorder, progress: Progress, cfg: ExperimentConfig
+) -> None:
+    """Waits for a step, records its row, and stops a run that no longer makes progress."""
+    if pending is None:
+        return
+    values = jax.device_get(pending.metrics)
+    seconds = progress.lap() if pending.seconds is None else pending.seconds
+    row = pending.row(values, seconds, cfg)
+    recorder.write(row, values["load_LE"])
+    progress.show(row)
+    if not row["committed"]:
+        end = row["first_sequence"] + row["batch_size"] - 1
+        print(
+            f"step {pending.step}: loss or gradient not finite, nothing committed "
+            f"(sequences {row['first_sequence']}..{end})",
+            flush=True,
+        )
+        if row["bad_steps"] >= cfg.run.max_bad_steps:
             raise RuntimeError(
-                f"step {self.step}: {int(values['bad_steps'])} steps in a row without a finite "
+                f"step {pending.step}: {row['bad_steps']} steps in a row without a finite "
                 "loss; lower the learning rate or look at the data (run.max_bad_steps)"
             )
 
@@ -213,10 +235,10 @@ class Evaluation:
         self._dataset = dataset
         self._bytes = dataset.heldout_bytes(self._rows)
 
-    def at(self, step: int, state: TrainState) -> dict[str, float]:
-        """The evaluation that is due before `step`, or nothing."""
+    def due(self, step: int) -> bool:
+        """Whether the parameters before `step` are to be evaluated."""
         every = self._cfg.run.eval_every
-        return self.of(state) if every and step % every == 0 else {}
+        return every > 0 and step % every == 0
 
     def of(self, state: TrainState) -> dict[str, float]:
         """Evaluates a state; nothing if the experiment evaluates never."""
@@ -250,7 +272,14 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
+
+    def __enter__(self) -> "StopSignal":
         self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -258,39 +287,44 @@ class StopSignal:
             os._exit(128 + number)
         self.requested = True
 
-    def release(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+
+class Trace:
+    """A profile of the steps from `steps[0]` to `steps[1] - 1`, of those that this process runs."""
+
+    def __init__(self, folder: epath.Path, steps: tuple[int, int] | None) -> None:
+        self._folder = folder
+        self._first, self._end = steps or (0, 0)
+        self._running = False
+
+    def before(self, step: int) -> None:
+        if not self._running and self._first <= step < self._end:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, steps_done: int, metrics: dict[str, jax.Array]) -> None:
+        """Ends the trace when its last step, which made `metrics`, is complete."""
+        if self._running and steps_done >= self._end:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 def _on_device(batch: HostBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jax.device_put((batch.tokens_MBS, batch.segments_MBS, np.int32(batch.n_micro)))
 
 
-def _check_workdir(
-    workdir: epath.Path, found: checkpoint.Checkpoint | None, cfg: ExperimentConfig
-) -> None:
-    """Refuses a directory that holds another run, or that is not a directory."""
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"{workdir}: is a file; choose another --workdir")
-    if found is not None:
-        checkpoint.check_config(found, cfg)
-    elif (workdir / "config.txt").exists():
-        name = (workdir / "config.txt").read_text().partition("\n")[0]
-        if name != f"name = {cfg.name!r}":
-            raise ValueError(
-                f"{workdir}: holds another experiment ({name}); choose another --workdir"
-            )
-
-
 def _describe(workdir: epath.Path, cfg: ExperimentConfig, dataset: Dataset) -> None:
     """Writes what the run is made of: config, tokenizer, list of documents."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.txt").write_text(config.to_text(cfg))
-    if dataset.tokenizer is not None:
-        (workdir / "tokenizer.json").write_text(dataset.tokenizer.text)
     files = "".join(f"{digest}  {source}  {name}\n" for source, name, digest in dataset.files)
-    (workdir / "data_files.txt").write_text(f"rows {dataset.digest}\n{files}")
+    checkpoint.write_whole(workdir / "data_files.txt", f"rows {dataset.digest}\n{files}")
+    if dataset.tokenizer is not None:
+        checkpoint.write_whole(workdir / "tokenizer.json", dataset.tokenizer.text)
+    checkpoint.write_whole(workdir / "config.txt", config.to_text(cfg))
     for source in dataset.sources:
         print(
             f"{source.name}: {source.documents} documents, {source.megabytes:.1f} MB, "
@@ -318,7 +352,7 @@ def _preflight(
         ("temporaries a device", f"{memory.temp_size_in_bytes / 1e6:,.1f} MB"),
         ("checkpoints kept", f"{cfg.run.keep_checkpoints * state_bytes / 1e6:,.1f} MB"),
     ]
-    free = host.free_disk_bytes(workdir)
+    free = checkpoint.free_bytes(workdir)
     if free is not None:
         rows.append(("disk free", f"{free / 1e6:,.0f} MB"))
     for name, value in rows:
@@ -367,7 +401,7 @@ def write_report(
     rows, loads = read_rows(workdir / "metrics.jsonl"), read_rows(workdir / "loads.jsonl")
     compared = _compare(cfg, dataset, last)
     figures = [("steps", f"{len(rows):,}"), ("tokens", f"{rows[-1]['tokens']:,}")]
-    if "eval_loss" in last:
+    if "eval_loss" in last and "eval_loss" in rows[0]:
         first = rows[0]["eval_loss"]
         drop = 1 - last["eval_loss"] / first
         figures += [
@@ -380,6 +414,7 @@ def write_report(
     figures.append(("max violation, last 20 steps", f"{np.mean(tail):.3f}"))
     page = report.render(
         name=cfg.name,
+        mtp_depth=cfg.model.mtp_depth,
         rows=rows,
         loads=loads,
         figures=figures,
@@ -460,5 +495,12 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(_fail(" ".join(str(error).split()), 2))
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse)

@@ -10,7 +10,8 @@ import pytest
 from tests.model import small
 from v3jax.model.transformer import Transformer
 
-CFG = small.config(mtp_depth=1, dense_ffn_dim=17)
+# One dense block, scanned, and one mixture-of-experts block, not scanned.
+CFG = small.config(n_layers=1, n_dense_layers=1, mtp_depth=1, dense_ffn_dim=17)
 POLICIES = ("none", "report", "full")
 N_ROWS, LENGTH = 2, 13
 

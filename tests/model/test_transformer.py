@@ -80,7 +80,7 @@ def test_loads_are_stacked_by_layer_with_the_prediction_modules_last(shape: str)
 
 
 def test_a_packed_row_with_segments_equals_its_documents_run_alone() -> None:
-    cfg = small.config()
+    cfg = small.config(n_layers=1, n_dense_layers=0, mtp_depth=0)
     tokens = rows(cfg, 1, 12)
     segments = np.array([[1] * 5 + [2] * 7])
     packed = run(cfg, tokens, ahead=0, segments=segments).hidden_BTD[0]
@@ -140,7 +140,7 @@ def test_parameters_have_the_names_and_shapes_of_the_references() -> None:
 
 
 def test_initial_weights_have_the_configured_deviation_norms_one_and_biases_zero() -> None:
-    cfg = small.config(dim=96, n_heads=9, n_layers=2, mtp_depth=1, init_std=0.006)
+    cfg = small.config(dim=96, n_heads=9, n_dense_layers=0, n_layers=2, mtp_depth=1)
     variables = jax.jit(lambda: init(cfg))()
     for path, leaf in jax.tree.flatten_with_path(variables["params"])[0]:
         name = jax.tree_util.keystr(path)
@@ -164,9 +164,8 @@ def test_embedding_and_head_are_not_tied_and_logits_use_the_head() -> None:
 
 
 def test_bf16_activations_stay_close_to_fp32_where_routing_agrees() -> None:
-    cfg = small.config(
-        top_k=12, top_groups=4
-    )  # all experts, so that rounding cannot change a choice
+    # All experts are chosen, so that rounding cannot change a choice.
+    cfg = small.config(n_layers=1, n_dense_layers=0, mtp_depth=1, top_k=12, top_groups=4)
     whole, low = run(cfg, rows(cfg)), run(cfg, rows(cfg), compute="bf16")
     for a, b in zip(
         (whole.hidden_BTD, *whole.mtp_hidden), (low.hidden_BTD, *low.mtp_hidden), strict=True

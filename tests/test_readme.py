@@ -1,0 +1,51 @@
+"""The README speaks of code that exists: its map, its tree, its flags and its first command."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from v3jax import registry
+
+
+@pytest.fixture
+def readme(repo: Path) -> str:
+    return (repo / "README.md").read_text()
+
+
+def test_every_file_and_symbol_of_the_map_exists(readme: str, repo: Path) -> None:
+    places = re.findall(r"`((?:v3jax|tests|experiments)/[\w/]+\.py)(?::(\w+))?`", readme)
+    assert len(places) > 30
+    for path, symbol in places:
+        tree = ast.parse((repo / path).read_text())
+        defined = {
+            node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
+        assert not symbol or symbol in defined, f"{path} defines no {symbol}"
+
+
+def test_the_tree_names_every_module(readme: str, repo: Path) -> None:
+    tree = readme.split("```\nexperiments/")[1].split("```")[0]
+    for path in (repo / "v3jax").rglob("*.py"):
+        if path.name != "__init__.py":
+            assert re.search(rf"\b{path.stem}\b", tree), f"the README's tree lacks {path.stem}"
+
+
+def test_the_tree_names_every_experiment_file(readme: str, repo: Path) -> None:
+    for path in (repo / "experiments").glob("*.py"):
+        assert path.name == "__init__.py" or path.name in readme
+
+
+def test_experiments_it_speaks_of_are_registered(readme: str) -> None:
+    spoken = set(re.findall(r"--exp=(v3_\w+)", readme))
+    assert spoken
+    assert spoken <= set(registry.names())
+
+
+def test_ci_runs_the_readme_test_command(readme: str, repo: Path) -> None:
+    ci = (repo / ".ci" / "run").read_text()
+    assert "pytest -n 2" in readme
+    assert "pytest -n 2" in ci
+    assert "-c constraints.txt -e '.[test]'" in readme
+    assert "-c constraints.txt -e '.[test]'" in ci
