@@ -11,6 +11,7 @@ from absl.testing import flagsaver
 
 from tests import mini
 from v3jax import checkpoint, train
+from v3jax.metrics import read_rows
 
 
 @pytest.fixture
@@ -154,6 +155,18 @@ def test_ids_outside_the_vocabulary_are_named(
     assert code == 1
     assert "400 ids exceed model.vocab_size=384" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_only_diverges_ends_with_one_line_and_keeps_its_rows(
+    run_mini: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    code, line = run_mini(
+        tmp_path / "run", "optim.phases.0.lr=1e30", "optim.warmup_steps=0", "run.eval_every=0"
+    )
+    assert code == 1
+    assert "3 steps in a row without a finite loss; lower the learning rate" in line
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["committed"] for row in rows[-4:]] == [1, 0, 0, 0]
 
 
 def test_too_few_devices_are_named(

@@ -145,6 +145,29 @@ def test_a_failed_save_is_raised_at_the_next_step_and_leaves_the_last_good_one(
     assert found(tmp_path).step == 20
 
 
+def test_arrays_that_cannot_be_written_make_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 10)
+    before = mini.contents(tmp_path)
+
+    def torn(self: Any, folder: epath.Path, **arguments: Any) -> None:
+        folder.mkdir()
+        (folder / "half").write_bytes(b"an array's beginning")
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", torn)
+    with Writer(tmp_path, CFG) as writer:
+        writer.save(20, make_state(20), DATA)
+        with pytest.raises(RuntimeError, match=r"saving failed .*Input/output error"):
+            writer.save(30, make_state(30), DATA)
+    monkeypatch.undo()
+    assert (tmp_path / "checkpoints/20/state/half").exists()
+    assert checkpoint.committed_steps(tmp_path) == [10]
+    assert before.items() <= mini.contents(tmp_path).items()
+    assert_bit_equal(restored(tmp_path), make_state(10))
+
+
 def assert_refused_or_harmless(workdir: Path) -> bool:
     """Whether the damage was refused, in one line that names folder, step and remedy."""
     try:

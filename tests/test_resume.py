@@ -15,6 +15,7 @@ from v3jax.metrics import read_rows
 
 WALL_CLOCK = {"tokens_per_second", "step_seconds", "data_wait_seconds", "mfu"}
 N_KILLS = 4
+SEED = 20241227
 
 
 def kill_after(workdir: Path, n_rows: int, delay: float) -> int:
@@ -44,16 +45,27 @@ def comparable(workdir: Path, name: str) -> list[dict[str, object]]:
     ]
 
 
+def assert_same_end(workdir: Path, whole: Path) -> None:
+    """Rows, final arrays by digest, position in the data, and texts are those of `whole`."""
+    for name in ("metrics.jsonl", "loads.jsonl"):
+        assert comparable(workdir, name) == comparable(whole, name)
+    ends = [checkpoint.load(folder, mini.N_STEPS).manifest for folder in (workdir, whole)]
+    for name in ("arrays", "data", "step"):
+        assert ends[0][name] == ends[1][name]
+    for name in ("samples.txt", "tokenizer.json", "data_files.txt"):
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+
+
 @pytest.mark.faults
 def test_killed_runs_end_bit_identical(tmp_path: Path) -> None:
     whole = mini.finished()
     killed = tmp_path / "killed"
-    rng = random.Random(20241227)
+    rng = random.Random(SEED)
     n_rows = restored = 0
     for _ in range(N_KILLS):
         n_rows = kill_after(killed, n_rows + rng.randrange(2, 9), rng.uniform(0, 0.05))
         steps = checkpoint.committed_steps(killed)
-        print(f"killed after {n_rows} rows, complete checkpoints {steps}")
+        print(f"seed {SEED}: killed after {n_rows} rows, complete checkpoints {steps}")
         if steps:
             checkpoint.verify(killed, steps[-1])
             restored += steps[-1] < mini.N_STEPS
@@ -61,14 +73,9 @@ def test_killed_runs_end_bit_identical(tmp_path: Path) -> None:
     done = mini.call(mini.train_command(killed))
     assert done.returncode == 0, done.stderr
 
-    assert comparable(killed, "metrics.jsonl") == comparable(whole, "metrics.jsonl")
-    assert comparable(killed, "loads.jsonl") == comparable(whole, "loads.jsonl")
+    assert_same_end(killed, whole)
     assert [row["step"] for row in read_rows(killed / "metrics.jsonl")] == [*range(mini.N_STEPS)]
-    ends = [checkpoint.load(folder, mini.N_STEPS).manifest for folder in (killed, whole)]
-    for name in ("arrays", "data", "config", "step"):  # arrays by digest; orbax names files anew
-        assert ends[0][name] == ends[1][name]
-    for name in ("config.txt", "samples.txt", "tokenizer.json", "data_files.txt"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert (killed / "config.txt").read_bytes() == (whole / "config.txt").read_bytes()
 
 
 def test_the_data_go_on_where_they_were() -> None:
@@ -89,21 +96,32 @@ def test_the_data_go_on_where_they_were() -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_zero(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_exits_zero_and_the_same_command_goes_on(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     workdir = tmp_path / "run"
+    command = mini.train_command(workdir, "--set", "run.checkpoint_every=0")
     process = subprocess.Popen(
-        mini.train_command(workdir, "--set", "run.checkpoint_every=0"),
+        command,
         cwd=mini.REPO,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    while process.poll() is None and not read_rows(workdir / "metrics.jsonl"):
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if read_rows(workdir / "metrics.jsonl"):
+            break
         time.sleep(0.002)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     step = checkpoint.committed_steps(workdir)[-1]
     checkpoint.verify(workdir, step)
-    assert f"stopped by a signal at step {step}" in output or step == mini.N_STEPS
-    assert len(read_rows(workdir / "metrics.jsonl")) == step
+    assert f"stopped by a signal at step {step}" in output
+    assert len(read_rows(workdir / "metrics.jsonl")) == step < mini.N_STEPS
+
+    done = mini.call(command)
+    assert done.returncode == 0, done.stderr
+    assert f"continuing from step {step}" in done.stdout
+    assert_same_end(workdir, mini.finished())

@@ -1,5 +1,6 @@
 """Sampling: the model's own next tokens, none of padding's doing, none outside the tokenizer."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,7 @@ def test_a_run_directory_needs_nothing_beside_it(tmp_path: Path) -> None:
         (["--ckpt=nowhere"], 1, "nowhere: no complete checkpoint here"),
         (["--ckpt=setup.cfg"], 1, "setup.cfg: no complete checkpoint here"),
         (["--ckpt=nowhere", "--tokens=0"], 2, "tokens"),
+        (["--ckpt=nowhere", os.fsdecode(b"--prompt=caf\xe9")], 2, "--prompt is not valid UTF-8"),
         (["--ckpt=nowhere", "--chatt"], 2, "Unknown command line flag 'chatt'"),
     ],
 )

@@ -56,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
         return _fail(f"unexpected arguments {' '.join(argv[1:])}; options start with --", 2)
     if _CKPT.value is None:
         return _fail("--ckpt=RUN_DIRECTORY is missing", 2)
+    if not _is_text(_PROMPT.value):
+        return _fail("--prompt is not valid UTF-8; use a UTF-8 terminal", 2)
     logging.set_verbosity(logging.WARNING)
     host.reuse_freed_memory()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
@@ -63,6 +65,11 @@ def main(argv: Sequence[str]) -> int:
         return _run(_CKPT.value)
     except (ValueError, OSError) as error:
         return _fail(str(error).strip().split("\n")[0], 1)
+
+
+def _is_text(argument: str) -> bool:
+    """Whether the argument's bytes were valid UTF-8; Python keeps others as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 def _run(ckpt: str) -> int:

@@ -400,18 +400,7 @@ def write_report(
     """Writes `report.html` and prints the closing figures."""
     rows, loads = read_rows(workdir / "metrics.jsonl"), read_rows(workdir / "loads.jsonl")
     compared = _compare(cfg, dataset, last)
-    figures = [("steps", f"{len(rows):,}"), ("tokens", f"{rows[-1]['tokens']:,}")]
-    if "eval_loss" in last and "eval_loss" in rows[0]:
-        first = rows[0]["eval_loss"]
-        drop = 1 - last["eval_loss"] / first
-        figures += [
-            ("held-out loss at step 0", f"{first:.4f}"),
-            ("held-out loss", f"{last['eval_loss']:.4f}  ({drop:.1%} lower)"),
-        ]
-    if "eval_loss_ema" in last:
-        figures.append(("held-out loss, averaged weights", f"{last['eval_loss_ema']:.4f}"))
-    tail = [row["max_violation"] for row in rows[-20:]]
-    figures.append(("max violation, last 20 steps", f"{np.mean(tail):.3f}"))
+    figures = _closing_figures(rows, last)
     page = report.render(
         name=cfg.name,
         mtp_depth=cfg.model.mtp_depth,
@@ -425,6 +414,28 @@ def write_report(
     for name, value in [*figures, *((f"bits a byte, {n}", f"{v:.3f}") for n, v in compared)]:
         print(f"{name:34s} {value}")
     print(f"done: {workdir / 'report.html'}", flush=True)
+
+
+def _closing_figures(
+    rows: Sequence[dict[str, Any]], last: dict[str, float]
+) -> list[tuple[str, str]]:
+    """What is known of a finished run; rows may be lost, and hold null for what was not finite."""
+    figures = [("steps", f"{len(rows):,}")]
+    if rows:
+        figures.append(("tokens", f"{rows[-1]['tokens']:,}"))
+    first = rows[0].get("eval_loss") if rows else None
+    if "eval_loss" in last and first is not None:
+        drop = 1 - last["eval_loss"] / first
+        figures += [
+            ("held-out loss at step 0", f"{first:.4f}"),
+            ("held-out loss", f"{last['eval_loss']:.4f}  ({drop:.1%} lower)"),
+        ]
+    if "eval_loss_ema" in last:
+        figures.append(("held-out loss, averaged weights", f"{last['eval_loss_ema']:.4f}"))
+    tail = [row["max_violation"] for row in rows[-20:] if row["max_violation"] is not None]
+    if tail:
+        figures.append(("max violation, last 20 steps", f"{np.mean(tail):.3f}"))
+    return figures
 
 
 def _compare(

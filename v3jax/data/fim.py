@@ -3,12 +3,20 @@
     <fim_begin> prefix <fim_hole> suffix <fim_end> middle <eos>
 
 Applied to whole documents before packing. The report leaves open how documents are cut: two
-uniform character positions, for documents of every source, are ours.
+uniform character positions, for documents of every source, are ours. So is the plain form of a
+document: its tokens and `<eos>`, without `<bos>`. A document's random choices depend on nothing but
+the seed and its text.
 """
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import batched
 
 import numpy as np
 
 from v3jax.data.tokenizer import Tokenizer
+
+_BATCH = 256  # documents whose encodings are held at once
 
 
 def cut_points(n_characters: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -17,23 +25,54 @@ def cut_points(n_characters: int, rng: np.random.Generator) -> tuple[int, int]:
     return low, high
 
 
-def encode_document(
+def encode_documents(
     tokenizer: Tokenizer,
-    text: str,
+    texts: Sequence[str],
     *,
+    seed: int,
     fim_rate: float,
     newline_split_rate: float,
-    rng: np.random.Generator,
-) -> list[int]:
-    """Ids of one training document with its `<eos>`, in PSM form with probability `fim_rate`."""
+) -> Iterator[np.ndarray]:
+    """Ids of training documents, int32, each in PSM form with probability `fim_rate`.
+
+    Punctuation+newline tokens are split at `newline_split_rate` (`Tokenizer.split_newlines`).
+    """
+    for batch in batched(texts, _BATCH):
+        rngs = [_generator(seed, text) for text in batch]
+        parts = [_parts(text, fim_rate, rng) for text, rng in zip(batch, rngs, strict=True)]
+        encoded = iter(tokenizer.encode_batch([part for document in parts for part in document]))
+        for document, rng in zip(parts, rngs, strict=True):
+            ids = [
+                tokenizer.split_newlines(next(encoded), newline_split_rate, rng) for _ in document
+            ]
+            yield np.array(_assemble(tokenizer, ids), np.int32)
+
+
+def encode_document(
+    tokenizer: Tokenizer, text: str, *, seed: int, fim_rate: float, newline_split_rate: float
+) -> np.ndarray:
+    """Ids of one training document; see `encode_documents`."""
+    rates = {"fim_rate": fim_rate, "newline_split_rate": newline_split_rate}
+    return next(encode_documents(tokenizer, [text], seed=seed, **rates))
+
+
+def _generator(seed: int, text: str) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+
+def _parts(text: str, fim_rate: float, rng: np.random.Generator) -> tuple[str, ...]:
+    """The whole text, or its prefix, middle and suffix."""
     if rng.random() >= fim_rate:
-        ids = tokenizer.split_newlines(tokenizer.encode(text), newline_split_rate, rng)
-        return [*ids, tokenizer.eos]
+        return (text,)
     low, high = cut_points(len(text), rng)
-    prefix, middle, suffix = (
-        tokenizer.split_newlines(ids, newline_split_rate, rng)
-        for ids in tokenizer.encode_batch([text[:low], text[low:high], text[high:]])
-    )
+    return text[:low], text[low:high], text[high:]
+
+
+def _assemble(tokenizer: Tokenizer, parts: list[list[int]]) -> list[int]:
+    if len(parts) == 1:
+        return [*parts[0], tokenizer.eos]
+    prefix, middle, suffix = parts
     return [
         tokenizer.fim_begin,
         *prefix,

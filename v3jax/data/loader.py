@@ -6,12 +6,12 @@ each source shuffled anew every epoch, and its whole state is a position.
 Dims: N rows, M micro-batches, B sequences of one, S = T + 1 tokens of a row.
 """
 
+import fcntl
 import hashlib
-import json
+import importlib.metadata
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,26 +21,18 @@ import numpy as np
 
 from v3jax.config import ExperimentConfig
 from v3jax.data.corpus import Corpus, load_corpus
-from v3jax.data.fim import encode_document
-from v3jax.data.packing import pack
+from v3jax.data.fim import encode_documents
+from v3jax.data.packing import Rows, pack, read_rows, write_rows
 from v3jax.data.sources import Document
-from v3jax.data.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer
+from v3jax.data.tokenizer import SPLITS, Tokenizer, load_tokenizer, train_tokenizer
 from v3jax.optim.schedules import batch_size
 
-_ROWS_VERSION = 1
+_CACHE_VERSION = 2  # of what is cached and how it is made; raised when either changes
 
 
 def cache_folder() -> Path:
     """Where tokenizers, rows and compiled programs are kept: `V3JAX_CACHE` or `~/.cache/v3jax`."""
     return Path(os.environ.get("V3JAX_CACHE") or Path.home() / ".cache" / "v3jax")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Packed rows `[N, S]` int32: ids, and segments with 0 for padding."""
-
-    tokens_NS: np.ndarray
-    segments_NS: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -61,12 +53,16 @@ class Dataset:
 
     train: tuple[Rows, ...]
     weights: tuple[float, ...]
+    """Each source's share of the rows drawn."""
     heldout: Rows
     tokenizer: Tokenizer | None
     """None for synthetic data."""
     digest: str
     files: tuple[tuple[str, str, str], ...]
+    """`(source, document name, sha256 of its text)`, held-out documents included."""
     sources: tuple[SourceReport, ...]
+    isolate_documents: bool = False
+    """Whether the first token of a document is no target (`DataConfig.isolate_documents`)."""
 
     @cached_property
     def fill_rate(self) -> float:
@@ -78,8 +74,11 @@ class Dataset:
         """UTF-8 bytes of the targets in the first `n_rows` held-out rows; specials have none."""
         if self.tokenizer is None:
             return 0
-        targets = self.heldout.tokens_NS[:n_rows, 1:][self.heldout.segments_NS[:n_rows, 1:] > 0]
-        return int(self.tokenizer.byte_lengths[targets].sum())
+        tokens, segments = (x[:n_rows] for x in (self.heldout.tokens_NS, self.heldout.segments_NS))
+        mask = segments[:, 1:] > 0
+        if self.isolate_documents:
+            mask &= segments[:, 1:] == segments[:, :-1]
+        return int(self.tokenizer.byte_lengths[tokens[:, 1:][mask]].sum())
 
     def heldout_text(self, n_rows: int) -> bytes:
         """The bytes of the first `n_rows` held-out rows, for compressors."""
@@ -93,35 +92,35 @@ def open_dataset(cfg: ExperimentConfig, cache: Path | None = None) -> Dataset:
     """The experiment's dataset, from the cache or made and put there.
 
     Raises:
-      ValueError: a corpus or tokenizer that cannot be used; see `corpus` and `tokenizer`.
+      ValueError: a corpus, tokenizer or cache that cannot be used; see `corpus` and `tokenizer`.
     """
-    cache = cache_folder() if cache is None else cache
     if cfg.data.synthetic:
         return _synthetic(cfg)
     corpus = load_corpus(cfg.data)
-    tokenizer = _tokenizer(cfg, corpus, cache)
-    key = _rows_key(cfg, corpus, tokenizer)
-    folder = cache / "rows" / key
-    if not _is_whole(folder):
-        _write_rows(folder, _encode_all(cfg, corpus, tokenizer))
-    train = tuple(_read_rows(folder, f"train_{i}") for i in range(len(corpus.sources)))
-    dataset = Dataset(
+    cache = cache_folder() if cache is None else cache
+    try:
+        tokenizer = _tokenizer(cfg, corpus, cache)
+        key, rows = _rows(cfg, corpus, tokenizer, cache)
+    except OSError as error:
+        raise ValueError(
+            f"{cache}: the cache cannot be written ({error.strerror}); set V3JAX_CACHE"
+        ) from None
+    train = tuple(rows[f"train_{i}"] for i in range(len(corpus.sources)))
+    return Dataset(
         train=train,
         weights=tuple(s.weight for s in corpus.sources),
-        heldout=_read_rows(folder, "heldout"),
+        heldout=rows["heldout"],
         tokenizer=tokenizer,
         digest=key,
         files=corpus.files,
         sources=_report(corpus, train),
+        isolate_documents=cfg.data.isolate_documents,
     )
-    _check_ids(cfg, dataset)
-    return dataset
 
 
 def _tokenizer(cfg: ExperimentConfig, corpus: Corpus, cache: Path) -> Tokenizer:
     if cfg.data.tokenizer is None:
-        texts = (d.text for documents in corpus.train for d in documents)
-        return cached_tokenizer(texts, corpus.digest, cfg.data.tokenizer_vocab_size, cache)
+        return _trained_tokenizer(cfg, corpus, cache)
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise ValueError(
@@ -131,85 +130,105 @@ def _tokenizer(cfg: ExperimentConfig, corpus: Corpus, cache: Path) -> Tokenizer:
     return tokenizer
 
 
-def _rows_key(cfg: ExperimentConfig, corpus: Corpus, tokenizer: Tokenizer) -> str:
-    data = cfg.data
-    shaping = (data.seq_len, data.fim_rate, data.newline_split_rate, data.heldout_fraction)
-    parts = (_ROWS_VERSION, corpus.digest, tokenizer.digest, shaping, cfg.run.seed)
+def _trained_tokenizer(cfg: ExperimentConfig, corpus: Corpus, cache: Path) -> Tokenizer:
+    """The tokenizer of the training documents: from the cache, or trained and put there."""
+    size, library = cfg.data.tokenizer_vocab_size, importlib.metadata.version("tokenizers")
+    key = _key(_CACHE_VERSION, library, SPLITS, size, corpus.train_digest)
+    file = cache / "tokenizers" / f"{key}.json"
+    if (found := _read_tokenizer(file)) is not None:
+        return found
+    with _alone(file):
+        if (found := _read_tokenizer(file)) is not None:
+            return found
+        texts = (d.text for documents in corpus.train for d in documents)
+        tokenizer = train_tokenizer(texts, size)
+        partial = file.with_suffix(".partial")
+        partial.write_text(f"{tokenizer.digest}\n{tokenizer.text}", encoding="utf-8")
+        partial.replace(file)
+        return tokenizer
+
+
+def _read_tokenizer(file: Path) -> Tokenizer | None:
+    """The tokenizer in a cached file; None unless it is there, bit for bit."""
+    try:
+        digest, _, text = file.read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    if hashlib.sha256(text.encode()).hexdigest() != digest:
+        return None
+    return Tokenizer(text, str(file))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Makes processes that would write `path` wait for each other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _key(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
+def _rows(
+    cfg: ExperimentConfig, corpus: Corpus, tokenizer: Tokenizer, cache: Path
+) -> tuple[str, dict[str, Rows]]:
+    """The rows and their key: from the cache, or made and put there."""
+    data = cfg.data
+    shape = (data.seq_len, data.fim_rate, data.newline_split_rate, cfg.run.seed)
+    key = _key(_CACHE_VERSION, corpus.digest, tokenizer.digest, shape)
+    folder = cache / "rows" / key
+    rows = read_rows(folder)
+    if rows is None:
+        with _alone(folder):
+            rows = read_rows(folder)
+            if rows is None:
+                write_rows(folder, _encode_all(cfg, corpus, tokenizer))
+                rows = read_rows(folder)
+    if rows is None:
+        raise ValueError(f"{folder}: reads back other than it was written; check the disk")
+    for name, part in rows.items():
+        _check_ids(part, cfg.model.vocab_size, f"{folder}/{name}_tokens.npy")
+    return key, rows
+
+
 def _encode_all(cfg: ExperimentConfig, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Rows]:
-    """Rows by file name. Held-out text is encoded as it is: no FIM, no random splitting."""
-    capacity = cfg.data.seq_len + 1
-    rows = {}
-    for i, documents in enumerate(corpus.train):
-        ids = [_encode(cfg, tokenizer, document) for document in documents]
-        rows[f"train_{i}"] = Rows(*pack(ids, capacity, tokenizer.pad))
-    held = [d.text for documents in corpus.heldout for d in documents]
-    plain = [np.array([*ids, tokenizer.eos], np.int32) for ids in tokenizer.encode_batch(held)]
-    tokens_NS, segments_NS = pack(plain, capacity, tokenizer.pad)
-    order_N = np.random.default_rng(0).permutation(len(tokens_NS))  # any prefix is a fair sample
-    rows["heldout"] = Rows(tokens_NS[order_N], segments_NS[order_N])
+    """Rows by name. Held-out text is encoded as it is: no FIM, no random splitting."""
+    data = cfg.data
+
+    def packed(documents: Iterable[Document], fim_rate: float, newline_split_rate: float) -> Rows:
+        ids = encode_documents(
+            tokenizer,
+            [d.text for d in documents],
+            seed=cfg.run.seed,
+            fim_rate=fim_rate,
+            newline_split_rate=newline_split_rate,
+        )
+        return pack(list(ids), data.seq_len + 1, tokenizer.pad)
+
+    rows = {
+        f"train_{i}": packed(documents, data.fim_rate, data.newline_split_rate)
+        for i, documents in enumerate(corpus.train)
+    }
+    held = packed((d for documents in corpus.heldout for d in documents), 0.0, 0.0)
+    order_N = np.random.default_rng(0).permutation(len(held.tokens_NS))  # a prefix is a fair sample
+    rows["heldout"] = Rows(held.tokens_NS[order_N], held.segments_NS[order_N])
     return rows
 
 
-def _encode(cfg: ExperimentConfig, tokenizer: Tokenizer, document: Document) -> np.ndarray:
-    """A training document's ids; its random choices depend on the seed and its text only."""
-    seed = hashlib.sha256(f"{cfg.run.seed} {document.text}".encode(errors="surrogatepass"))
-    ids = encode_document(
-        tokenizer,
-        document.text,
-        fim_rate=cfg.data.fim_rate,
-        newline_split_rate=cfg.data.newline_split_rate,
-        rng=np.random.default_rng(int.from_bytes(seed.digest()[:8], "little")),
-    )
-    return np.array(ids, np.int32)
-
-
-def _write_rows(folder: Path, rows: dict[str, Rows]) -> None:
-    """Writes to a folder of another name and moves it into place; `rows.json` lists every file."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    sizes = {}
-    for name, part in rows.items():
-        for kind, array in (("tokens", part.tokens_NS), ("segments", part.segments_NS)):
-            file = temporary / f"{name}_{kind}.npy"
-            np.save(file, array, allow_pickle=False)
-            sizes[file.name] = file.stat().st_size
-    (temporary / "rows.json").write_text(json.dumps(sizes))
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process put the same rows there first
-        shutil.rmtree(temporary)
-
-
-def _is_whole(folder: Path) -> bool:
-    index = folder / "rows.json"
-    if not index.is_file():
-        return False
-    sizes = json.loads(index.read_text())
-    files = ((folder / name, size) for name, size in sizes.items())
-    return all(file.is_file() and file.stat().st_size == size for file, size in files)
-
-
-def _read_rows(folder: Path, name: str) -> Rows:
-    tokens, segments = (
-        np.load(folder / f"{name}_{kind}.npy", mmap_mode="r", allow_pickle=False)
-        for kind in ("tokens", "segments")
-    )
-    return Rows(tokens, segments)
-
-
-def _check_ids(cfg: ExperimentConfig, dataset: Dataset) -> None:
-    for rows in (*dataset.train, dataset.heldout):
-        if rows.tokens_NS.size:
-            low, high = int(rows.tokens_NS.min()), int(rows.tokens_NS.max())
-            if low < 0 or high >= cfg.model.vocab_size:
-                raise ValueError(
-                    f"data: token id {low if low < 0 else high} is outside "
-                    f"model.vocab_size={cfg.model.vocab_size}; raise it or retrain the tokenizer"
-                )
+def _check_ids(rows: Rows, vocab_size: int, file: str) -> None:
+    """Raises ValueError if a row holds an id outside the vocabulary; names the first."""
+    bad_N = ((rows.tokens_NS < 0) | (rows.tokens_NS >= vocab_size)).any(axis=1)
+    if bad_N.any():
+        row = int(bad_N.argmax())
+        ids = rows.tokens_NS[row]
+        first = int(ids[(ids < 0) | (ids >= vocab_size)][0])
+        raise ValueError(
+            f"{file}: row {row} holds token id {first}, outside model.vocab_size={vocab_size}; "
+            "raise it or retrain the tokenizer"
+        )
 
 
 def _report(corpus: Corpus, train: tuple[Rows, ...]) -> tuple[SourceReport, ...]:
@@ -218,7 +237,7 @@ def _report(corpus: Corpus, train: tuple[Rows, ...]) -> tuple[SourceReport, ...]
             name=source.name,
             weight=source.weight,
             documents=len(documents),
-            megabytes=sum(len(d.text.encode(errors="surrogatepass")) for d in documents) / 1e6,
+            megabytes=sum(len(d.text.encode()) for d in documents) / 1e6,
             tokens=int((rows.segments_NS > 0).sum()),
             rows=len(rows.tokens_NS),
         )

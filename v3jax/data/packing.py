@@ -1,14 +1,28 @@
-"""Best-fit packing of documents into rows (report section 4.1; arXiv 2404.10830).
+"""Best-fit packing of documents into rows (report section 4.1; arXiv 2404.10830), kept on disk.
 
 Only documents longer than a row are cut, into row-size chunks; chunks then go, longest first, to
 the row with the least space that still holds them. No chunk is ever broken.
 Dims: N rows, S tokens of a row.
 """
 
+import hashlib
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+_INDEX = "rows.json"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows `[N, S]` int32: ids, and segments with 0 for padding."""
+
+    tokens_NS: np.ndarray
+    segments_NS: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -66,8 +80,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def pack(documents: Sequence[np.ndarray], capacity: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of `capacity` ids and their segments, both int32 `[N, S]`.
+def pack(documents: Sequence[np.ndarray], capacity: int, pad: int) -> Rows:
+    """Rows of `capacity` ids that hold every token of `documents` exactly once.
 
     Segments number a row's chunks from 1; 0 marks padding, which holds the id `pad`.
     """
@@ -83,4 +97,45 @@ def pack(documents: Sequence[np.ndarray], capacity: int, pad: int) -> tuple[np.n
             tokens_NS[row, at:end] = documents[chunk.document][chunk.start : chunk.end]
             segments_NS[row, at:end] = segment
             at = end
-    return tokens_NS, segments_NS
+    return Rows(tokens_NS, segments_NS)
+
+
+def write_rows(folder: Path, parts: dict[str, Rows]) -> None:
+    """Writes named rows to `folder`, whole: under another name first, then renamed."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    digests = {}
+    for name, rows in parts.items():
+        for kind, array in (("tokens", rows.tokens_NS), ("segments", rows.segments_NS)):
+            file = partial / f"{name}_{kind}.npy"
+            np.save(file, array, allow_pickle=False)
+            digests[file.name] = _digest(file)
+    (partial / _INDEX).write_text(json.dumps(digests))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def read_rows(folder: Path) -> dict[str, Rows] | None:
+    """The named rows in `folder`, mapped into memory; None unless all are there, bit for bit."""
+    try:
+        digests = json.loads((folder / _INDEX).read_text())
+        whole = all(_digest(folder / file) == digest for file, digest in digests.items())
+    except (OSError, ValueError, AttributeError):  # absent or damaged
+        return None
+    if not whole:
+        return None
+    names = [file.removesuffix("_tokens.npy") for file in digests if file.endswith("_tokens.npy")]
+    return {
+        name: Rows(_mapped(folder, name, "tokens"), _mapped(folder, name, "segments"))
+        for name in names
+    }
+
+
+def _mapped(folder: Path, name: str, kind: str) -> np.ndarray:
+    return np.load(folder / f"{name}_{kind}.npy", mmap_mode="r", allow_pickle=False)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

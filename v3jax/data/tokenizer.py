@@ -2,12 +2,11 @@
 
 Trained with Hugging Face `tokenizers` on the run's own corpus, or read from a `tokenizer.json`.
 Ids: three specials, bytes and merges, then the remaining specials, as in the released tokenizer.
+Every added token is a control token: text that spells one is encoded as plain bytes.
 """
 
 import hashlib
 import json
-import os
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -29,7 +28,8 @@ SPLITS = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
     "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
     "| ?[\\p{P}\\p{S}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "|\\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
 )
 
 
@@ -37,16 +37,20 @@ class Tokenizer:
     """Text to ids and back, with the special ids by name.
 
     Raises:
-      ValueError: the file is no tokenizer, or lacks one of the special tokens a run needs.
+      ValueError: the file is no byte-level tokenizer that keeps every byte of a text, or lacks one
+        of the special tokens a run needs.
     """
 
     def __init__(self, text: str, origin: str = "tokenizer.json") -> None:
         from tokenizers import Tokenizer as HFTokenizer
 
         try:
-            self._inner = HFTokenizer.from_str(text)
+            self._inner = HFTokenizer.from_str(_with_control_tokens(text))
         except Exception as error:
             raise ValueError(f"{origin}: not a tokenizer.json ({error})") from None
+        self._inner.encode_special_tokens = True
+        self._inner.no_truncation()
+        self._inner.no_padding()
         self.text = text
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
@@ -54,6 +58,11 @@ class Tokenizer:
         self.fim_hole, self.fim_begin, self.fim_end = (
             self._special(t, origin) for t in (FIM_HOLE, FIM_BEGIN, FIM_END)
         )
+        if self._bytes_of(_PROBE) != _PROBE.encode():
+            raise ValueError(
+                f"{origin}: not byte-level, or it changes the text it encodes; "
+                "use a byte-level BPE without normaliser or added space"
+            )
 
     def _special(self, token: str, origin: str) -> int:
         found = self._inner.token_to_id(token)
@@ -61,26 +70,47 @@ class Tokenizer:
             raise ValueError(f"{origin}: lacks the special token {token}; use another tokenizer")
         return found
 
+    def _bytes_of(self, text: str) -> bytes | None:
+        """What encoding and decoding make of `text`; None if a token stands for no bytes."""
+        try:
+            return b"".join(self.token_bytes[i] for i in self.encode(text))
+        except KeyError:
+            return None
+
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; special tokens are never added and never recognised inside text."""
+        """Ids of `text`; special tokens are never added and never recognised inside text.
+
+        Raises:
+          ValueError: the text holds half a surrogate pair, which UTF-8 cannot encode.
+        """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of every text, encoded in parallel."""
-        self._inner.encode_special_tokens = True
-        return [e.ids for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+        try:
+            encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:
+            raise ValueError("the text is not valid Unicode; give it as UTF-8") from None
+        return [e.ids for e in encoded]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that form no UTF-8 become U+FFFD."""
-        return self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Text of `ids`; bytes that form no UTF-8 become U+FFFD, unused ids nothing."""
+        controls = {} if skip_special_tokens else self._controls
+        raw = (controls.get(int(i)) or self.token_bytes[int(i)] for i in ids)
+        return b"".join(raw).decode(errors="replace")
+
+    @cached_property
+    def _controls(self) -> dict[int, bytes]:
+        """The spelling of each control token."""
+        added = self._inner.get_added_tokens_decoder()
+        return {i: token.content.encode() for i, token in added.items()}
 
     @cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
-        """The bytes each id stands for; special and unused ids stand for none."""
-        special = {i for i, t in self._inner.get_added_tokens_decoder().items() if t.special}
+        """The bytes each id stands for; control and unused ids stand for none."""
         table = [b""] * self.vocab_size
         for token, index in self._inner.get_vocab(with_added_tokens=True).items():
-            if index not in special:
+            if index not in self._controls:
                 table[index] = bytes(_BYTE_OF[c] for c in token)
         return tuple(table)
 
@@ -126,6 +156,23 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTE_OF = _byte_alphabet()
 
+# Text that a normaliser, an added space, an unknown token or a truncation would change.
+_PROBE = (
+    "A  e\u0301\ufb01\t\u4e2d\U0001f642\u200b\x00\x7f \r\n"
+    + "".join(map(chr, range(32, 384)))
+    + " "
+)
+
+
+def _with_control_tokens(text: str) -> str:
+    """The same tokenizer with every added token special, so that text is never read as one."""
+    spec = json.loads(text)
+    if all(token["special"] for token in spec["added_tokens"]):
+        return text
+    for token in spec["added_tokens"]:
+        token["special"] = True
+    return json.dumps(spec, ensure_ascii=False)
+
 
 def _punctuation_and_newlines(raw: bytes) -> tuple[str, str] | None:
     """Splits ` ?[punctuation or symbols]+[\\r\\n]+` before the breaks; None for other tokens."""
@@ -157,8 +204,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     inner = HFTokenizer(models.BPE())
     splits: list[Any] = [pre_tokenizers.Split(Regex(s), "isolated") for s in SPLITS]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])  # type: ignore[misc]
-    inner.decoder = decoders.ByteLevel()  # type: ignore[misc]
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(_LAST_SPECIALS),
         special_tokens=[AddedToken(t, special=True) for t in _FIRST_SPECIALS],
@@ -171,28 +218,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a `tokenizer.json`."""
-    file = Path(path)
+    """Reads a `tokenizer.json`, or the one in a folder.
+
+    Raises:
+      ValueError: no such file, or not a tokenizer that can be used (see `Tokenizer`).
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file /= "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"{file}: no such tokenizer.json")
     try:
         text = file.read_text(encoding="utf-8")
-        json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise ValueError(f"{file}: not a tokenizer.json") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{file}: not a tokenizer.json ({error})") from None
     return Tokenizer(text, str(file))
-
-
-def cached_tokenizer(texts: Iterable[str], digest: str, vocab_size: int, cache: Path) -> Tokenizer:
-    """The tokenizer of this corpus and size: from the cache, or trained and put there."""
-    key = hashlib.sha256(f"{digest} {vocab_size} {SPLITS}".encode()).hexdigest()[:24]
-    file = cache / "tokenizers" / f"{key}.json"
-    if file.is_file():
-        return load_tokenizer(file)
-    tokenizer = train_tokenizer(texts, vocab_size)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as out:
-        out.write(tokenizer.text)
-    os.replace(temporary, file)
-    return tokenizer
