@@ -288,6 +288,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(self.total_tokens > 0, "run.total_tokens", "must be positive")
+        for name in ("eval_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 0, f"run.{name}", "must be positive, or 0 for never")
+        _require(self.eval_sequences >= 1, "run.eval_sequences", "must be positive")
         _require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "must keep at least 1")
         _require(self.max_bad_steps >= 1, "run.max_bad_steps", "must allow at least 1")
 

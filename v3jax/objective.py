@@ -96,7 +96,7 @@ def forward(
         rules,
         ahead=1,
         segments_BT=inputs_BT if cfg.data.isolate_documents else None,
-        counted_BT=inputs_BT > 0,
+        counted_BS=segments_BS > 0,
     )
 
 
@@ -166,7 +166,7 @@ def eval_loss(
         tokens_BS[:, :-1],
         rules,
         segments_BT=inputs_BT if cfg.data.isolate_documents else None,
-        counted_BT=inputs_BT > 0,
+        counted_BS=inputs_BT > 0,
     )
     mask_BT = target_mask(segments_BS, isolate_documents=cfg.data.isolate_documents)
     total, _ = linear_cross_entropy(

@@ -22,7 +22,7 @@ KEPT_BY_REPORT = (
     "attention_lse",
     "attention_residual",
     "router_logits",
-    "expert_gate_up",
+    "gate_up",
 )
 
 

@@ -7,6 +7,7 @@ cast to the compute type at use. Dims: D features, F hidden width.
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from v3jax.config import ModelConfig, NumericsConfig
 from v3jax.ops.norm import swiglu
@@ -46,4 +47,4 @@ class FeedForward(Module):
         dim = self.cfg.dim
         gate_up = self.matrix("gate_up_proj", (dim, 2 * self.width), "embed", "ffn")
         down = self.matrix("down_proj", (self.width, dim), "ffn", "embed")
-        return swiglu(x_BTD @ gate_up) @ down
+        return swiglu(checkpoint_name(x_BTD @ gate_up, "gate_up")) @ down

@@ -42,7 +42,7 @@ class Experts(Module):
         down = self.matrix("down_proj", (cfg.n_experts, width, cfg.dim), "experts", "ffn", "embed")
         layout = make_layout(experts_NK, cfg.n_experts)
         hidden = grouped_matmul(dispatch(x_ND, layout), gate_up, layout)
-        hidden = swiglu(checkpoint_name(hidden, "expert_gate_up"))
+        hidden = swiglu(checkpoint_name(hidden, "gate_up"))
         gates = dispatch_gates(gates_NK, layout)[:, None]
         hidden = (hidden.astype(jnp.float32) * gates).astype(x_ND.dtype)
         return combine(grouped_matmul(hidden, down, layout), layout)

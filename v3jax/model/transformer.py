@@ -43,7 +43,7 @@ class Transformer(Module):
         *,
         ahead: int = 0,
         segments_BT: jax.Array | None = None,
-        counted_BT: jax.Array | None = None,
+        counted_BS: jax.Array | None = None,
     ) -> Output:
         """Runs the network.
 
@@ -52,7 +52,7 @@ class Transformer(Module):
           ahead: 1 in training, where the row's last token is only looked ahead to: the MTP modules
             run. With 0 all tokens are inputs and the modules are left out.
           segments_BT: confines attention to equal segments; None sees the whole row.
-          counted_BT: bool; positions that count in loads and the balance loss. None: all.
+          counted_BS: bool; tokens that count in loads and the balance loss. None: all.
         """
         cfg = self.cfg
         init = nn.initializers.normal(cfg.init_std)
@@ -71,6 +71,9 @@ class Transformer(Module):
         final_norm = self.norm_weight("norm", cfg.dim)
         length = tokens_BS.shape[1] - ahead
         positions_T = jnp.arange(length)
+        if counted_BS is None:
+            counted_BS = jnp.ones(tokens_BS.shape, bool)
+        counted_BT = counted_BS[:, :length]
 
         # One look-up serves the main model and the MTP modules, which share the embedding.
         embedded_BSD = embed_VD[tokens_BS].astype(compute_dtype(self.numerics))
@@ -88,9 +91,10 @@ class Transformer(Module):
         h_BTD = hidden_BTD
         for depth in range(1, cfg.mtp_depth + 1 if ahead else 1):
             ahead_BTD = jnp.roll(embedded_BSD, -depth, axis=1)[:, :length]
-            # The last `depth` positions have no target; what wrapped around there counts nowhere.
-            known_BT = jnp.broadcast_to(positions_T < length - depth, x_BTD.shape[:2])
-            known_BT = known_BT if counted_BT is None else known_BT & counted_BT
+            # A position counts if it and the token looked ahead to do; the last `depth` have no
+            # target, and what wrapped around there counts nowhere.
+            known_BT = counted_BT & jnp.roll(counted_BS, -depth, axis=1)[:, :length]
+            known_BT &= positions_T < length - depth
             module = MTPModule(cfg, self.numerics, self.rules, name=f"mtp_layers_{depth - 1}")
             h_BTD, mtp_stats = module(h_BTD, ahead_BTD, positions_T, segments_BT, known_BT)
             mtp_hidden.append(h_BTD)

@@ -74,8 +74,9 @@ def sequence_balance_loss(
         affinity_BSE = jax.nn.sigmoid(logits_BSE.astype(jnp.float32))
         share_BSE = affinity_BSE / affinity_BSE.sum(-1, keepdims=True)
         n_experts = affinity_BSE.shape[-1]
-        kth_BS1 = jax.lax.top_k(jax.lax.stop_gradient(affinity_BSE), top_k)[0][..., -1:]
-        hits_BSE = (affinity_BSE >= kth_BS1).astype(jnp.float32)
+        best_BSK = jax.lax.top_k(jax.lax.stop_gradient(affinity_BSE), top_k)[1]
+        hits_BSE = jnp.any(best_BSK[..., None] == jnp.arange(n_experts), axis=2)
+        hits_BSE = hits_BSE.astype(jnp.float32)
         if counted_BS is None:
             f_BE = hits_BSE.mean(1) * (n_experts / top_k)
             p_BE = share_BSE.mean(1)
