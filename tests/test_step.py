@@ -15,13 +15,20 @@ import pytest
 
 from experiments.v3 import v3_full
 from tests.model import small
-from tests.reference.loss import Objective
+from tests.reference.loss import Objective, counted
 from tests.reference.loss import objective as reference
 from tests.reference.transformer import forward
 from v3jax import objective
 from v3jax.config import ExperimentConfig
 from v3jax.sharding import abstract_mesh, make_mesh
-from v3jax.state import TrainState, abstract_state, init_state, layer_biases, with_layer_biases
+from v3jax.state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    layer_biases,
+    state_shardings,
+    with_layer_biases,
+)
 from v3jax.step import make_eval_step, make_train_step
 
 BASE = small.experiment(small.config(n_layers=1, n_dense_layers=0, mtp_depth=1))
@@ -36,16 +43,23 @@ def step_of(cfg: ExperimentConfig) -> Any:
     return make_train_step(cfg, make_mesh(cfg.mesh))
 
 
+@functools.cache
+def fresh(cfg: ExperimentConfig) -> TrainState:
+    return init_state(cfg, make_mesh(cfg.mesh))
+
+
 def state_of(cfg: ExperimentConfig) -> TrainState:
     """A state past warm-up with the small model's large random weights and biases."""
-    state = init_state(cfg, make_mesh(cfg.mesh))
+    state = fresh(cfg)
     params = small.to_jax(small.params(cfg.model))
-    return state.replace(
+    changed = replace(
+        state,
         step=jnp.int32(WARM),
         params=params,
         router_state=small.to_jax(small.router_state(cfg.model)),
         ema=None if state.ema is None else jax.tree.map(jnp.copy, params),
     )
+    return jax.device_put(changed, state_shardings(cfg, make_mesh(cfg.mesh)))
 
 
 def micro_batches(m: int = M, b: int = B, padding: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +71,8 @@ def run(
     cfg: ExperimentConfig, state: TrainState, tokens: np.ndarray, segments: np.ndarray, n: int
 ) -> tuple[TrainState, dict]:
     """One step on a copy, so that the caller's state outlives the donation."""
-    copy = jax.tree.map(jnp.copy, state)
+    places = state_shardings(cfg, make_mesh(cfg.mesh))
+    copy = jax.device_put(jax.tree.map(jnp.copy, state), places)
     return step_of(cfg)(copy, jnp.asarray(tokens), jnp.asarray(segments), jnp.int32(n))
 
 
@@ -119,12 +134,12 @@ def test_micro_batches_beyond_the_count_change_nothing() -> None:
 def test_the_batch_size_ramp_compiles_once() -> None:
     tokens, segments = micro_batches()
     step = step_of(CFG)
-    state, _ = step(state_of(CFG), tokens, segments, jnp.int32(1))
-    compiled = step._cache_size()
-    for n, size in ((2, 6), (3, 12)):
+    before = step._cache_size()
+    state = jax.tree.map(jnp.copy, fresh(CFG))
+    for n, size in ((1, 2), (2, 6), (3, 12)):
         state, metrics = step(state, tokens, segments, jnp.int32(n))
         assert int(metrics["sequences"]) == size
-    assert step._cache_size() == compiled
+    assert step._cache_size() == before + 1
 
 
 def test_every_bias_moves_once_a_step_by_the_load_of_the_whole_batch() -> None:
@@ -136,8 +151,8 @@ def test_every_bias_moves_once_a_step_by_the_load_of_the_whole_batch() -> None:
     for row, segs in zip(tokens.reshape(M * B, -1), segments.reshape(M * B, -1), strict=True):
         out = forward(params, router, row, CFG.model)
         for layer, stats in enumerate(out.stats + out.mtp_stats):
-            counted = segs[: len(stats.chosen_TK)] > 0
-            loads[layer] += np.bincount(stats.chosen_TK[counted].ravel(), minlength=12)
+            chosen = stats.chosen_TK[counted(segs, len(stats.chosen_TK))]
+            loads[layer] += np.bincount(chosen.ravel(), minlength=12)
     assert metrics["load_LE"].dtype == jnp.int32
     np.testing.assert_array_equal(metrics["load_LE"], loads)
     assert loads[0].sum() == (M * B * 9 - 2) * CFG.model.top_k
@@ -168,20 +183,20 @@ def test_biases_are_stacked_in_the_order_of_the_loads(depth: int) -> None:
 def poisoned(state: TrainState) -> TrainState:
     """Token 7 has an embedding that overflows; a batch with it is non-finite."""
     embed = state.params["embed_tokens"].at[7].set(jnp.inf)
-    return state.replace(params=state.params | {"embed_tokens": embed})
+    return replace(state, params=state.params | {"embed_tokens": embed})
 
 
 def test_a_step_with_a_non_finite_loss_commits_nothing_at_all() -> None:
     tokens, segments = micro_batches()
     tokens[1, 0, 4] = 7
-    before = poisoned(state_of(CFG)).replace(sequences=jnp.uint32(40))
+    before = replace(poisoned(state_of(CFG)), sequences=jnp.uint32(40))
     after, metrics = run(CFG, before, tokens, segments, M)
     assert int(metrics["committed"]) == 0
     assert int(after.bad_steps) == 1
-    assert bits(after.replace(bad_steps=before.bad_steps)) == bits(before)
+    assert bits(replace(after, bad_steps=before.bad_steps)) == bits(before)
     again, _ = run(CFG, after, tokens, segments, M)
     assert int(again.bad_steps) == 2
-    assert bits(again.replace(bad_steps=before.bad_steps)) == bits(before)
+    assert bits(replace(again, bad_steps=before.bad_steps)) == bits(before)
 
 
 def test_a_step_with_a_finite_loss_and_a_non_finite_gradient_commits_nothing() -> None:
@@ -198,12 +213,12 @@ def test_a_step_with_a_finite_loss_and_a_non_finite_gradient_commits_nothing() -
         after, metrics = run(cfg, before, tokens, segments, M)
     assert np.isfinite(float(metrics["loss"]))
     assert int(metrics["committed"]) == 0
-    assert bits(after.replace(bad_steps=before.bad_steps)) == bits(before)
+    assert bits(replace(after, bad_steps=before.bad_steps)) == bits(before)
 
 
 def test_a_good_step_after_bad_ones_commits_everything_and_clears_their_count() -> None:
     tokens, segments = micro_batches()
-    before = state_of(CFG).replace(bad_steps=jnp.int32(3))
+    before = replace(state_of(CFG), bad_steps=jnp.int32(3))
     after, _ = run(CFG, before, tokens, segments, M)
     assert int(after.bad_steps) == 0
     for name in ("params", "opt_state", "router_state", "ema"):
@@ -230,7 +245,7 @@ def test_parameters_and_average_move_by_the_learning_rate() -> None:
 
 def test_warm_up_starts_at_zero_and_counts_committed_steps() -> None:
     tokens, segments = micro_batches()
-    before = state_of(CFG).replace(step=jnp.int32(0))
+    before = replace(state_of(CFG), step=jnp.int32(0))
     after, metrics = run(CFG, before, tokens, segments, M)
     assert float(metrics["lr"]) == 0.0
     assert bits(after.params) == bits(before.params)

@@ -1,11 +1,7 @@
-"""The host process: memory settings that make CPU steps faster, and free disk space."""
+"""The host process: memory settings that make CPU steps faster."""
 
 import ctypes
-import shutil
 import sys
-from pathlib import Path
-
-from etils import epath
 
 # <malloc.h> of glibc
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -25,14 +21,3 @@ def reuse_freed_memory() -> bool:
         return False
     settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
     return all(mallopt(option, value) == 1 for option, value in settings)
-
-
-def free_disk_bytes(folder: epath.PathLike) -> int | None:
-    """Free bytes where `folder` is or would be; None on an object store."""
-    path = epath.Path(folder)
-    if not isinstance(path, Path):
-        return None
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free

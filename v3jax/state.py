@@ -4,6 +4,7 @@ A step commits all of it or nothing. The state is initialised in one jitted call
 in its sharded place. Dims: L MoE layers, E experts.
 """
 
+import re
 from typing import Any
 
 import jax
@@ -114,19 +115,26 @@ def _create(cfg: ExperimentConfig, rules: ShardingRules | None) -> TrainState:
 
 def layer_biases(router_state: Any) -> jax.Array:
     """Router biases stacked `[L, E]`: the MoE layers in order, then the MTP modules."""
-    return jnp.concatenate([b.reshape(-1, b.shape[-1]) for b in _ordered_leaves(router_state)])
+    leaves = jax.tree.leaves(router_state)
+    ordered = [leaves[i] for i in _layer_order(router_state)]
+    return jnp.concatenate([b.reshape(-1, b.shape[-1]) for b in ordered])
 
 
 def with_layer_biases(router_state: Any, bias_LE: jax.Array) -> Any:
     """`router_state` with the biases of `bias_LE`, the inverse of `layer_biases`."""
-    leaves, start = [], 0
-    for leaf in _ordered_leaves(router_state):
-        n_layers = leaf.size // leaf.shape[-1]
-        leaves.append(bias_LE[start : start + n_layers].reshape(leaf.shape))
+    leaves, start = jax.tree.leaves(router_state), 0
+    for i in _layer_order(router_state):
+        n_layers = leaves[i].size // leaves[i].shape[-1]
+        leaves[i] = bias_LE[start : start + n_layers].reshape(leaves[i].shape)
         start += n_layers
     return jax.tree.unflatten(jax.tree.structure(router_state), leaves)
 
 
-def _ordered_leaves(router_state: Any) -> list[jax.Array]:
-    """Leaves by sorted key, which is the layers' order: `moe_layers` < `mtp_layers_0` < ..."""
-    return jax.tree.leaves(router_state)
+def _layer_order(router_state: Any) -> list[int]:
+    """Indices of the leaves in the layers' order: `moe_layers`, `mtp_layers_0`, ..., `_10`."""
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.flatten_with_path(router_state)[0]]
+
+    def natural(i: int) -> list[str | int]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", paths[i])]
+
+    return sorted(range(len(paths)), key=natural)

@@ -75,7 +75,7 @@ def train_step(
 
     scale = _scale(cfg, segments_MBS, n_micro, mtp_weight)
     gradients, parts = _accumulate(cfg, rules, state, tokens_MBS, segments_MBS, n_micro, scale)
-    grad_norm = optax.global_norm(gradients)
+    grad_norm = optax.tree.norm(gradients)
     committed = jnp.isfinite(parts.main + parts.mtp + parts.balance) & jnp.isfinite(grad_norm)
 
     direction, opt_state = adamw(cfg.optim, cfg.numerics.moments).update(

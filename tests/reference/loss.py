@@ -41,11 +41,21 @@ def depth_nll(
     return sum(terms), len(terms)
 
 
+def counted(segments: np.ndarray, n_positions: int) -> np.ndarray:
+    """Which of a layer's positions count: neither they nor the token they look ahead to is padding.
+
+    Args:
+      segments: documents [T+1]. n_positions: T for the main model, T - k for MTP depth k.
+    """
+    depth = len(segments) - 1 - n_positions
+    return (segments[:n_positions] > 0) & (segments[depth : depth + n_positions] > 0)
+
+
 def row_balance(out: Forward, segments: np.ndarray, cfg: ModelConfig) -> float:
     """sum f P of one sequence over every MoE layer, prediction modules included."""
-    layers = out.stats + out.mtp_stats
     return sum(
-        sequence_loss(s.scores_TE, cfg.top_k, segments[: len(s.scores_TE)] > 0) for s in layers
+        sequence_loss(s.scores_TE, cfg.top_k, counted(segments, len(s.scores_TE)))
+        for s in out.stats + out.mtp_stats
     )
 
 
