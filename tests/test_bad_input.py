@@ -265,13 +265,23 @@ def test_the_remedy_of_a_truncated_checkpoint_works(tmp_path: Path) -> None:
     assert checkpoint.load(workdir, mini.N_STEPS).manifest["arrays"] == whole
 
 
-def test_a_workdir_that_is_a_file_is_refused(
-    run_mini: Callable[..., tuple[int, str]], tmp_path: Path
+@pytest.mark.parametrize("below", ["", "deep/run"])
+def test_a_workdir_that_is_a_file_or_below_one_is_refused(
+    run_mini: Callable[..., tuple[int, str]], tmp_path: Path, below: str
 ) -> None:
     file = write(tmp_path / "run", b"mine")
-    code, line = run_mini(file)
+    code, line = run_mini(file / below)
     assert (code, f"{file}: is a file" in line) == (1, True)
     assert file.read_bytes() == b"mine"
+
+
+def test_a_folder_with_a_foreign_config_is_refused(
+    run_mini: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    file = write(tmp_path / "run" / "config.txt", b"\xd3\xff")
+    code, line = run_mini(tmp_path / "run")
+    assert (code, f"{file}: no text" in line) == (1, True)
+    assert file.read_bytes() == b"\xd3\xff"
 
 
 def test_a_folder_with_foreign_metrics_is_refused(

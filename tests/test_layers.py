@@ -21,6 +21,7 @@ FLOORS = (
     {"model", "optim", "data", "rewards"},
     {"objective", "pipeline"},
     {"state", "step", "checkpoint", "metrics", "progress", "report", "decode", "hf"},
+    {"preflight", "summary"},
     {"train", "grpo", "evaluate", "evals", "sample", "convert", "aot", "cost"},
 )
 

@@ -103,3 +103,28 @@ def test_user_file_cannot_redefine_a_shipped_experiment(tmp_path: Path) -> None:
     path.write_text(USER_FILE.replace("def second", "def v3_full"))
     with pytest.raises(ValueError, match=r"'v3_full' of .* is already defined in experiments\.v3"):
         registry.get(str(path))
+
+
+@pytest.mark.parametrize(
+    ("code", "named"),
+    [
+        ("import no_such_package\n", r"line 1: ModuleNotFoundError: No module named 'no_such"),
+        (
+            USER_FILE.replace("    return", "    {}['lost']\n    return"),
+            r"line \d+: KeyError: 'lost'",
+        ),
+    ],
+)
+def test_user_file_that_raises(tmp_path: Path, code: str, named: str) -> None:
+    path = tmp_path / "raises.py"
+    path.write_text(code)
+    with pytest.raises(ValueError, match=rf"raises\.py: {named}"):
+        registry.get(str(path))
+
+
+def test_two_user_files_may_use_one_name(user_file: Path, tmp_path: Path) -> None:
+    registry.get(str(user_file))
+    other = tmp_path / "other.py"
+    other.write_text(USER_FILE)
+    assert registry.get(str(other)).name == "second"
+    assert registry.get(f"{user_file}:first").name == "first"

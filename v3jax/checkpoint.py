@@ -251,6 +251,11 @@ def write_whole(file: epath.Path, text: str) -> None:
         out.flush()
         os.fsync(out.fileno())
     temporary.replace(local)
+    folder = os.open(local.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def check_workdir(workdir: epath.PathLike, cfg: ExperimentConfig) -> Checkpoint | None:
@@ -261,8 +266,10 @@ def check_workdir(workdir: epath.PathLike, cfg: ExperimentConfig) -> Checkpoint 
         mathematics: a field outside `MAY_CHANGE` differs.
     """
     root = epath.Path(workdir)
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"{root}: is a file; choose another --workdir")
+    local = local_path(root)
+    for folder in (local, *local.absolute().parents) if local is not None else ():
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder}: is a file; choose another --workdir")
     found = latest(root)
     if found is not None and found.manifest["format"] != CHECKPOINT_FORMAT:
         raise ValueError(
@@ -272,7 +279,10 @@ def check_workdir(workdir: epath.PathLike, cfg: ExperimentConfig) -> Checkpoint 
     if found is not None:
         _check_same(root, found.manifest["config"], cfg)
     elif (root / "config.txt").exists():  # a run that ended before its first checkpoint
-        lines = (root / "config.txt").read_text().splitlines()
+        try:
+            lines = (root / "config.txt").read_text().splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"{root / 'config.txt'}: no text; choose another --workdir") from None
         _check_same(root, dict(line.split(" = ", 1) for line in lines if " = " in line), cfg)
     elif (root / "metrics.jsonl").exists():
         raise ValueError(f"{root}: holds metrics.jsonl but no run; choose another --workdir")

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from v3jax.config import ExperimentConfig
 
 ExperimentFn = Callable[[], ExperimentConfig]
 _EXPERIMENTS: dict[str, ExperimentFn] = {}
+_USER_MODULE = "v3jax_user_experiment_"
 
 
 def register(fn: ExperimentFn) -> ExperimentFn:
@@ -68,9 +70,9 @@ def describe(name: str) -> str:
 def _from_file(path: Path, pick: str) -> ExperimentConfig:
     if not path.is_file():
         raise ValueError(f"--exp {path}: no such file")
-    module_name = f"v3jax_user_experiment_{path.stem}"
+    module_name = f"{_USER_MODULE}{path.stem}"
     for known, fn in list(_EXPERIMENTS.items()):
-        if fn.__module__ == module_name:
+        if fn.__module__.startswith(_USER_MODULE):
             del _EXPERIMENTS[known]
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
@@ -79,8 +81,8 @@ def _from_file(path: Path, pick: str) -> ExperimentConfig:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ValueError(f"--exp {path}: {error.msg} at line {error.lineno}") from None
+    except Exception as error:
+        raise ValueError(f"--exp {path}: {_where(error, path)}") from error
     found = [n for n, fn in _EXPERIMENTS.items() if fn.__module__ == module_name]
     if not found:
         raise ValueError(f"--exp {path}: registers no experiment; put @register on a function")
@@ -89,4 +91,17 @@ def _from_file(path: Path, pick: str) -> ExperimentConfig:
         raise ValueError(
             f"--exp {path}: no experiment {chosen!r} in this file; it has {', '.join(found)}"
         )
-    return _EXPERIMENTS[chosen]()
+    try:
+        return _EXPERIMENTS[chosen]()
+    except Exception as error:
+        raise ValueError(f"--exp {path}: {_where(error, path)}") from error
+
+
+def _where(error: Exception, path: Path) -> str:
+    """One line: the error and the last line of the file that led to it."""
+    if isinstance(error, SyntaxError):
+        return f"{error.msg} at line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    text = " ".join(str(error).split()) or "no message"
+    return f"line {lines[-1] if lines else '?'}: {type(error).__name__}: {text}"

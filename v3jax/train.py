@@ -10,6 +10,7 @@ Started again on the same `--workdir` it continues from the last complete checkp
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -22,16 +23,18 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
-from v3jax import checkpoint, config, cost, decode, host, registry, report
+from v3jax import checkpoint, config, cost, host, registry
 from v3jax.config import ExperimentConfig
 from v3jax.data import baselines
 from v3jax.data.loader import Dataset, HostBatch, cache_folder, make_loader, open_dataset
-from v3jax.metrics import Recorder, mfu, read_rows
+from v3jax.metrics import Recorder, mfu
 from v3jax.optim.schedules import n_steps
+from v3jax.preflight import preflight
 from v3jax.progress import Progress
 from v3jax.sharding import make_mesh
 from v3jax.state import TrainState, abstract_state, init_state
 from v3jax.step import make_eval_step, make_train_step
+from v3jax.summary import write_report, write_samples
 
 _EXP = flags.DEFINE_string("exp", None, "Registered experiment, or path/to/file.py of your own.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; default runs/<experiment>.")
@@ -50,8 +53,6 @@ _FLOAT_METRICS = (
     "mtp_weight",
     "max_violation",
 )
-_SAMPLE_PROMPTS = ("def ", "import numpy as np\n", "The ")
-_SAMPLE_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def run(
             print(f"held-out rows: {len(dataset.heldout.tokens_NS)}, all of them are evaluated")
         train_step = make_train_step(cfg, mesh)
         if check:
-            return _preflight(cfg, workdir, dataset, mesh, train_step)
+            preflight(cfg, workdir, dataset, mesh, train_step)
+            return Result(0, False, None, None)
 
         # ---- State, new or continued
         if found is None:
@@ -274,7 +276,10 @@ class StopSignal:
         self.requested = False
 
     def __enter__(self) -> "StopSignal":
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        # Python takes handlers on the main thread only.
+        main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -330,135 +335,6 @@ def _describe(workdir: epath.Path, cfg: ExperimentConfig, dataset: Dataset) -> N
             f"{source.name}: {source.documents} documents, {source.megabytes:.1f} MB, "
             f"{source.tokens:,} tokens, weight {source.weight:g}"
         )
-
-
-def _preflight(
-    cfg: ExperimentConfig, workdir: epath.Path, dataset: Dataset, mesh: Any, train_step: Any
-) -> Result:
-    """Compiles the step and compares what the run needs with what is there."""
-    state = abstract_state(cfg, mesh)
-    n_micro = cfg.batch.end // cfg.batch.micro_batch
-    shape = (n_micro, cfg.batch.micro_batch, cfg.data.seq_len + 1)
-    batch = jax.ShapeDtypeStruct(shape, np.int32)
-    compiled = train_step.lower(state, batch, batch, jax.ShapeDtypeStruct((), np.int32)).compile()
-    memory = compiled.memory_analysis()
-    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    rows = [
-        ("experiment", cfg.name),
-        ("mesh", ", ".join(f"{k}={v}" for k, v in mesh.shape.items())),
-        ("steps", f"{n_steps(cfg):,}"),
-        ("data digest", dataset.digest),
-        ("state", f"{state_bytes / 1e6:,.1f} MB"),
-        ("temporaries a device", f"{memory.temp_size_in_bytes / 1e6:,.1f} MB"),
-        ("checkpoints kept", f"{cfg.run.keep_checkpoints * state_bytes / 1e6:,.1f} MB"),
-    ]
-    free = checkpoint.free_bytes(workdir)
-    if free is not None:
-        rows.append(("disk free", f"{free / 1e6:,.0f} MB"))
-    for name, value in rows:
-        print(f"{name:22s} {value}")
-    needed = (cfg.run.keep_checkpoints + 1) * state_bytes
-    if free is not None and free < needed:
-        raise ValueError(
-            f"{workdir}: {free / 1e6:,.0f} MB free, checkpoints need {needed / 1e6:,.0f} MB; "
-            "free space or lower run.keep_checkpoints"
-        )
-    print("check passed: nothing was trained")
-    return Result(0, False, None, None)
-
-
-def write_samples(
-    cfg: ExperimentConfig, state: TrainState, dataset: Dataset, workdir: epath.Path
-) -> list[report.Sample]:
-    """Continues fixed prompts greedily into `samples.txt`; nothing on synthetic data."""
-    if dataset.tokenizer is None:
-        return []
-    texts = decode.generate(
-        cfg,
-        state.params,
-        state.router_state,
-        dataset.tokenizer,
-        _SAMPLE_PROMPTS,
-        n_tokens=_SAMPLE_TOKENS,
-    )
-    samples = [
-        report.Sample(prompt, dataset.tokenizer.decode(ids))
-        for prompt, ids in zip(_SAMPLE_PROMPTS, texts, strict=True)
-    ]
-    text = "\n\n".join(f">>> {s.prompt!r}\n{s.prompt}{s.text}" for s in samples)
-    (workdir / "samples.txt").write_text(text + "\n")
-    return samples
-
-
-def write_report(
-    cfg: ExperimentConfig,
-    dataset: Dataset,
-    workdir: epath.Path,
-    samples: Sequence[report.Sample],
-    last: dict[str, float],
-) -> None:
-    """Writes `report.html` and prints the closing figures."""
-    rows, loads = read_rows(workdir / "metrics.jsonl"), read_rows(workdir / "loads.jsonl")
-    compared = _compare(cfg, dataset, last)
-    figures = _closing_figures(rows, last)
-    page = report.render(
-        name=cfg.name,
-        mtp_depth=cfg.model.mtp_depth,
-        rows=rows,
-        loads=loads,
-        figures=figures,
-        bits_per_byte=compared,
-        samples=samples,
-    )
-    (workdir / "report.html").write_text(page)
-    for name, value in [*figures, *((f"bits a byte, {n}", f"{v:.3f}") for n, v in compared)]:
-        print(f"{name:34s} {value}")
-    print(f"done: {workdir / 'report.html'}", flush=True)
-
-
-def _closing_figures(
-    rows: Sequence[dict[str, Any]], last: dict[str, float]
-) -> list[tuple[str, str]]:
-    """What is known of a finished run; rows may be lost, and hold null for what was not finite."""
-    figures = [("steps", f"{len(rows):,}")]
-    if rows:
-        figures.append(("tokens", f"{rows[-1]['tokens']:,}"))
-    first = rows[0].get("eval_loss") if rows else None
-    if "eval_loss" in last and first is not None:
-        drop = 1 - last["eval_loss"] / first
-        figures += [
-            ("held-out loss at step 0", f"{first:.4f}"),
-            ("held-out loss", f"{last['eval_loss']:.4f}  ({drop:.1%} lower)"),
-        ]
-    if "eval_loss_ema" in last:
-        figures.append(("held-out loss, averaged weights", f"{last['eval_loss_ema']:.4f}"))
-    tail = [row["max_violation"] for row in rows[-20:] if row["max_violation"] is not None]
-    if tail:
-        figures.append(("max violation, last 20 steps", f"{np.mean(tail):.3f}"))
-    return figures
-
-
-def _compare(
-    cfg: ExperimentConfig, dataset: Dataset, last: dict[str, float]
-) -> list[tuple[str, float]]:
-    """Bits a byte of the model and of the baselines on the held-out rows that were evaluated."""
-    if "bits_per_byte" not in last:
-        return []
-    n_rows = min(cfg.run.eval_sequences, len(dataset.heldout.tokens_NS))
-    n_bytes, vocab = dataset.heldout_bytes(n_rows), cfg.model.vocab_size
-    train = baselines.pairs(
-        np.concatenate([r.tokens_NS for r in dataset.train]),
-        np.concatenate([r.segments_NS for r in dataset.train]),
-    )
-    held = baselines.pairs(dataset.heldout.tokens_NS[:n_rows], dataset.heldout.segments_NS[:n_rows])
-    unigram = baselines.bits_per_byte(baselines.unigram_nats(train, held, vocab), n_bytes)
-    bigram = baselines.bits_per_byte(baselines.bigram_nats(train, held, vocab), n_bytes)
-    return [
-        ("this model", last["bits_per_byte"]),
-        ("interpolated bigram", bigram),
-        ("gzip -9", baselines.gzip_bits_per_byte(dataset.heldout_text(n_rows))),
-        ("unigram", unigram),
-    ]
 
 
 def _profile_range(text: str | None) -> tuple[int, int] | None:

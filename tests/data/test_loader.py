@@ -241,7 +241,13 @@ def test_the_order_is_the_seeds(home: Path) -> None:
 
 def test_the_position_of_other_data_is_refused(home: Path) -> None:
     state = make_loader(*opened(home)).get_state()
-    for other in ({"seed": 1}, {"fim_rate": 0.2}, {"seq_len": 31}, {"heldout_fraction": 0.2}):
+    changes: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"fim_rate": 0.2},
+        {"seq_len": 31},
+        {"heldout_fraction": 0.2},
+    ]
+    for other in changes:
         with pytest.raises(ValueError, match="restore the corpus or start a new workdir"):
             make_loader(*opened(home, **other)).set_state(state)
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from experiments.tiny import v3_tiny
 from v3jax.config import ExperimentConfig, ModelConfig, NumericsConfig
@@ -176,6 +177,11 @@ def router_state(cfg: ModelConfig, seed: int = 1) -> dict:
 def to_jax(tree: Any) -> Any:
     """The tree as FP32 device arrays."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def apply(module: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
+    """`module.apply`, which Flax types as if it might return the variables too."""
+    return module.apply(variables, *args, **kwargs)
 
 
 def to_numpy(tree: Any) -> Any:

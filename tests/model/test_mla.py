@@ -27,7 +27,9 @@ def draw(cfg: ModelConfig) -> np.ndarray:
 def run(cfg: ModelConfig, p: dict, x: np.ndarray, segments: np.ndarray | None = None) -> jax.Array:
     segs = None if segments is None else jnp.asarray(segments)
     x_BTD = jnp.asarray(x, jnp.float32)
-    return MLA(*small.parts(cfg)).apply({"params": small.to_jax(p)}, x_BTD, jnp.arange(8), segs)
+    return small.apply(
+        MLA(*small.parts(cfg)), {"params": small.to_jax(p)}, x_BTD, jnp.arange(8), segs
+    )
 
 
 @pytest.mark.parametrize("yarn", [None, YARN], ids=["plain", "yarn"])
@@ -69,7 +71,7 @@ def test_gradients_equal_finite_differences_of_the_reference() -> None:
         )
 
     def fast(t: dict) -> jax.Array:
-        out = MLA(*small.parts(cfg)).apply({"params": t["p"]}, t["x"], jnp.arange(8), None)
+        out = small.apply(MLA(*small.parts(cfg)), {"params": t["p"]}, t["x"], jnp.arange(8), None)
         return jnp.sum(jnp.asarray(probe, jnp.float32) * out)
 
     small.assert_same_derivatives(jax.jit(jax.grad(fast))(small.to_jax(tree)), slow, tree)
@@ -89,10 +91,10 @@ def test_only_relative_position_matters_without_a_change_of_segment() -> None:
     cfg = small.config()
     p, x = small.to_jax(weights(cfg)), jnp.asarray(draw(cfg), jnp.float32)
     attention = MLA(*small.parts(cfg))
-    near = attention.apply({"params": p}, x, jnp.arange(8), None)
-    far = attention.apply({"params": p}, x, jnp.arange(8) + 500, None)
+    near = small.apply(attention, {"params": p}, x, jnp.arange(8), None)
+    far = small.apply(attention, {"params": p}, x, jnp.arange(8) + 500, None)
     np.testing.assert_allclose(near, far, atol=2e-4)
-    stretched = attention.apply({"params": p}, x, 3 * jnp.arange(8), None)
+    stretched = small.apply(attention, {"params": p}, x, 3 * jnp.arange(8), None)
     assert np.abs(np.asarray(near - stretched)).max() > 1e-2
 
 
@@ -115,8 +117,12 @@ def replace_leaf(p: dict, kv_a: np.ndarray) -> dict:
 def test_bf16_stays_close_to_fp32() -> None:
     cfg = replace(small.CONFIG)
     p, x = weights(cfg), draw(cfg)
-    low = MLA(*small.parts(cfg, compute="bf16")).apply(
-        {"params": small.to_jax(p)}, jnp.asarray(x, jnp.bfloat16), jnp.arange(8), None
+    low = small.apply(
+        MLA(*small.parts(cfg, compute="bf16")),
+        {"params": small.to_jax(p)},
+        jnp.asarray(x, jnp.bfloat16),
+        jnp.arange(8),
+        None,
     )
     whole = np.asarray(run(cfg, p, x))
     assert low.dtype == jnp.bfloat16

@@ -36,7 +36,7 @@ def run(
         "router_state": {"e_score_correction_bias": jnp.asarray(bias, jnp.float32)},
     }
     mask = None if counted is None else jnp.asarray(counted)
-    return MoE(*small.parts(cfg)).apply(variables, jnp.asarray(x, jnp.float32), mask)
+    return small.apply(MoE(*small.parts(cfg)), variables, jnp.asarray(x, jnp.float32), mask)
 
 
 @pytest.mark.parametrize("n_shared", [0, 1, 2])
@@ -88,8 +88,8 @@ def test_gradients_equal_finite_differences_of_the_reference() -> None:
 
     def fast(t: dict) -> jax.Array:
         state = {"e_score_correction_bias": jnp.asarray(bias, jnp.float32)}
-        out, _ = MoE(*small.parts(CFG)).apply(
-            {"params": t["p"], "router_state": state}, t["x"], None
+        out, _ = small.apply(
+            MoE(*small.parts(CFG)), {"params": t["p"], "router_state": state}, t["x"], None
         )
         return jnp.sum(jnp.asarray(probe, jnp.float32) * out)
 
@@ -103,7 +103,7 @@ def test_the_router_works_in_fp32_below_bf16_activations() -> None:
         "router_state": {"e_score_correction_bias": jnp.asarray(bias, jnp.float32)},
     }
     low = jnp.asarray(x, jnp.bfloat16)
-    out, stats = MoE(*small.parts(CFG, compute="bf16")).apply(variables, low, None)
+    out, stats = small.apply(MoE(*small.parts(CFG, compute="bf16")), variables, low, None)
     rounded = np.asarray(low, np.float64)
     chosen = [reference(row, p, bias, CFG)[2] for row in rounded]
     np.testing.assert_array_equal(stats.load_E, sum(routing.load(c, CFG.n_experts) for c in chosen))

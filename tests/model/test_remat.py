@@ -26,7 +26,7 @@ def make_loss(remat: str, cfg: ModelConfig = CFG) -> Any:
     )
 
     def loss(params: Any) -> jax.Array:
-        out = model.apply({"params": params, "router_state": state}, tokens, ahead=1)
+        out = small.apply(model, {"params": params, "router_state": state}, tokens, ahead=1)
         states = jnp.concatenate([out.hidden_BTD, *out.mtp_hidden])
         return jnp.sum(jnp.sin(states)) + out.stats.balance_loss.sum()
 

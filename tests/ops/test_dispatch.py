@@ -133,12 +133,14 @@ def test_gradients_equal_those_of_the_dense_mixture(pattern: str, gather_bytes: 
     chosen = jnp.asarray(choices(pattern))
     probe = jnp.asarray(np.random.default_rng(5).normal(size=(37, 6)), jnp.float32)
     with mock.patch.object(gemm, "_GATHER_BYTES", gather_bytes):
-        got = jax.jit(jax.grad(lambda *a: jnp.sum(probe * mixture(*a, chosen)), argnums=range(4)))(
-            *arrays
-        )
-    wanted = jax.grad(lambda *a: jnp.sum(probe * dense_mixture(*a, chosen)), argnums=range(4))(
-        *arrays
-    )
+        got = jax.jit(
+            jax.grad(
+                lambda x, g, gu, d: jnp.sum(probe * mixture(x, g, gu, d, chosen)), argnums=range(4)
+            )
+        )(*arrays)
+    wanted = jax.grad(
+        lambda x, g, gu, d: jnp.sum(probe * dense_mixture(x, g, gu, d, chosen)), argnums=range(4)
+    )(*arrays)
     for g, w in zip(got, wanted, strict=True):
         np.testing.assert_allclose(g, w, atol=2e-5)
 
@@ -146,7 +148,9 @@ def test_gradients_equal_those_of_the_dense_mixture(pattern: str, gather_bytes: 
 def test_experts_without_tokens_get_zero_gradient() -> None:
     arrays = [jnp.asarray(a, jnp.float32) for a in draw()]
     chosen = jnp.asarray(choices("one_expert"))
-    d_gate_up = np.asarray(jax.grad(lambda *a: jnp.sum(mixture(*a, chosen)), argnums=2)(*arrays))
+    d_gate_up = np.asarray(
+        jax.grad(lambda x, g, gu, d: jnp.sum(mixture(x, g, gu, d, chosen)), argnums=2)(*arrays)
+    )
     used = np.abs(d_gate_up).sum((1, 2)) > 0
     np.testing.assert_array_equal(np.flatnonzero(used), [0, 5, 7])
 

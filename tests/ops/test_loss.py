@@ -31,7 +31,7 @@ def test_nll_of_every_position_equals_the_reference() -> None:
     loss, nll = ops.linear_cross_entropy(hidden, head, targets, weights)
     logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
     wanted = np.array(
-        [[reference_nll(logits[b, t], targets[b, t]) for t in range(9)] for b in range(2)]
+        [[reference_nll(logits[b, t], int(targets[b, t])) for t in range(9)] for b in range(2)]
     )
     np.testing.assert_allclose(nll, wanted, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(loss, (wanted * np.asarray(weights)).sum(), rtol=1e-5)

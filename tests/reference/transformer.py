@@ -45,16 +45,16 @@ def block(
     bias_E: np.ndarray | None,
     cfg: ModelConfig,
     segments_T: np.ndarray | None,
-) -> tuple[np.ndarray, RouterStats | None]:
-    """x += MLA(norm(x)); x += FFN(norm(x)). A None bias makes the FFN dense."""
+) -> tuple[np.ndarray, list[RouterStats]]:
+    """x += MLA(norm(x)); x += FFN(norm(x)). A None bias makes the FFN dense: no statistics."""
     x_TD = x_TD + attention(
         rms_norm(x_TD, p["input_layernorm"], cfg.norm_eps), p["self_attn"], cfg, segments_T
     )
     u_TD = rms_norm(x_TD, p["post_attention_layernorm"], cfg.norm_eps)
     if bias_E is None:
-        return x_TD + swiglu(u_TD, p["mlp"]["gate_up_proj"], p["mlp"]["down_proj"]), None
+        return x_TD + swiglu(u_TD, p["mlp"]["gate_up_proj"], p["mlp"]["down_proj"]), []
     out_TD, scores_TE, chosen_TK = moe(u_TD, p["mlp"], bias_E, cfg)
-    return x_TD + out_TD, RouterStats(scores_TE, chosen_TK)
+    return x_TD + out_TD, [RouterStats(scores_TE, chosen_TK)]
 
 
 def forward(
@@ -70,7 +70,7 @@ def forward(
       segments_T: documents of the T inputs; attention stays within one. None attends across.
     """
     x_TD = params["embed_tokens"][row[:-1]].astype(np.float64)
-    stats = []
+    stats: list[RouterStats] = []
     for i in range(cfg.n_dense_layers):
         x_TD, _ = block(x_TD, take_layer(params["dense_layers"], i), None, cfg, segments_T)
     for i in range(cfg.n_layers - cfg.n_dense_layers):
@@ -78,7 +78,7 @@ def forward(
         x_TD, layer_stats = block(
             x_TD, take_layer(params["moe_layers"], i), bias_E, cfg, segments_T
         )
-        stats.append(layer_stats)
+        stats += layer_stats
     out = Forward(rms_norm(x_TD, params["norm"], cfg.norm_eps), stats=stats)
     previous = out.hidden
     for k in range(1, cfg.mtp_depth + 1):
@@ -90,5 +90,5 @@ def forward(
         x_TD, layer_stats = block(x_TD, p["block"], bias_E, cfg, segments)
         previous = rms_norm(x_TD, p["shared_head_norm"], cfg.norm_eps)
         out.mtp_hidden.append(previous)
-        out.mtp_stats.append(layer_stats)
+        out.mtp_stats += layer_stats
     return out

@@ -1,0 +1,112 @@
+"""What a finished run leaves to read: samples, baselines on the same text, `report.html`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from v3jax import decode
+from v3jax.config import ExperimentConfig
+from v3jax.data import baselines
+from v3jax.data.loader import Dataset
+from v3jax.metrics import read_rows
+from v3jax.report import Sample, render
+from v3jax.state import TrainState
+
+_SAMPLE_PROMPTS = ("def ", "import numpy as np\n", "The ")
+_SAMPLE_TOKENS = 48
+
+
+def write_samples(
+    cfg: ExperimentConfig, state: TrainState, dataset: Dataset, workdir: epath.Path
+) -> list[Sample]:
+    """Continues fixed prompts greedily into `samples.txt`; nothing on synthetic data."""
+    if dataset.tokenizer is None:
+        return []
+    texts = decode.generate(
+        cfg,
+        state.params,
+        state.router_state,
+        dataset.tokenizer,
+        _SAMPLE_PROMPTS,
+        n_tokens=_SAMPLE_TOKENS,
+    )
+    samples = [
+        Sample(prompt, dataset.tokenizer.decode(ids))
+        for prompt, ids in zip(_SAMPLE_PROMPTS, texts, strict=True)
+    ]
+    text = "\n\n".join(f">>> {s.prompt!r}\n{s.prompt}{s.text}" for s in samples)
+    (workdir / "samples.txt").write_text(text + "\n")
+    return samples
+
+
+def write_report(
+    cfg: ExperimentConfig,
+    dataset: Dataset,
+    workdir: epath.Path,
+    samples: Sequence[Sample],
+    last: dict[str, float],
+) -> None:
+    """Writes `report.html` and prints the closing figures."""
+    rows, loads = read_rows(workdir / "metrics.jsonl"), read_rows(workdir / "loads.jsonl")
+    compared = _compare(cfg, dataset, last)
+    figures = _closing_figures(rows, last)
+    page = render(
+        name=cfg.name,
+        mtp_depth=cfg.model.mtp_depth,
+        rows=rows,
+        loads=loads,
+        figures=figures,
+        bits_per_byte=compared,
+        samples=samples,
+    )
+    (workdir / "report.html").write_text(page)
+    for name, value in [*figures, *((f"bits a byte, {n}", f"{v:.3f}") for n, v in compared)]:
+        print(f"{name:34s} {value}")
+    print(f"done: {workdir / 'report.html'}", flush=True)
+
+
+def _closing_figures(
+    rows: Sequence[dict[str, Any]], last: dict[str, float]
+) -> list[tuple[str, str]]:
+    """What is known of a finished run; rows may be lost, and hold null for what was not finite."""
+    figures = [("steps", f"{len(rows):,}")]
+    if rows:
+        figures.append(("tokens", f"{rows[-1]['tokens']:,}"))
+    first = rows[0].get("eval_loss") if rows else None
+    if "eval_loss" in last and first is not None:
+        drop = 1 - last["eval_loss"] / first
+        figures += [
+            ("held-out loss at step 0", f"{first:.4f}"),
+            ("held-out loss", f"{last['eval_loss']:.4f}  ({drop:.1%} lower)"),
+        ]
+    if "eval_loss_ema" in last:
+        figures.append(("held-out loss, averaged weights", f"{last['eval_loss_ema']:.4f}"))
+    tail = [row["max_violation"] for row in rows[-20:] if row["max_violation"] is not None]
+    if tail:
+        figures.append(("max violation, last 20 steps", f"{np.mean(tail):.3f}"))
+    return figures
+
+
+def _compare(
+    cfg: ExperimentConfig, dataset: Dataset, last: dict[str, float]
+) -> list[tuple[str, float]]:
+    """Bits a byte of the model and of the baselines on the held-out rows that were evaluated."""
+    if "bits_per_byte" not in last:
+        return []
+    n_rows = min(cfg.run.eval_sequences, len(dataset.heldout.tokens_NS))
+    n_bytes, vocab = dataset.heldout_bytes(n_rows), cfg.model.vocab_size
+    train = baselines.pairs(
+        np.concatenate([r.tokens_NS for r in dataset.train]),
+        np.concatenate([r.segments_NS for r in dataset.train]),
+    )
+    held = baselines.pairs(dataset.heldout.tokens_NS[:n_rows], dataset.heldout.segments_NS[:n_rows])
+    unigram = baselines.bits_per_byte(baselines.unigram_nats(train, held, vocab), n_bytes)
+    bigram = baselines.bits_per_byte(baselines.bigram_nats(train, held, vocab), n_bytes)
+    return [
+        ("this model", last["bits_per_byte"]),
+        ("interpolated bigram", bigram),
+        ("gzip -9", baselines.gzip_bits_per_byte(dataset.heldout_text(n_rows))),
+        ("unigram", unigram),
+    ]
