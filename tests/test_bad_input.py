@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grain.python  # noqa: F401  its flags must exist before flagsaver looks, which drops new ones
 import pytest
 from absl import flags
 from absl.testing import flagsaver
