@@ -10,7 +10,8 @@ import pytest
 
 from tests import mini
 from v3jax import checkpoint
-from v3jax.data.loader import make_loader, open_dataset
+from v3jax.data.dataset import open_dataset
+from v3jax.data.loader import make_loader
 from v3jax.metrics import read_rows
 
 WALL_CLOCK = {"tokens_per_second", "step_seconds", "data_wait_seconds", "mfu"}

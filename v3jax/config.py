@@ -171,9 +171,10 @@ class SourceConfig:
 class DataConfig:
     """What is read and how it becomes sequences (report sections 4.1 and 4.2).
 
-    `path` replaces `sources` by a user's own file, directory or glob. `synthetic` ignores both and
-    draws uniform token ids, for speed measurements. `isolate_documents` confines attention and
-    targets to a document: off in pre-training (section 4.1), on in fine-tuning (section 5.1).
+    `path` replaces `sources` by a user's own file, directory or glob, or by a folder of prepared
+    rows (`data.dataset`). `synthetic` ignores both and draws uniform token ids, for speed
+    measurements. `isolate_documents` confines attention and targets to a document: off in
+    pre-training (section 4.1), on in fine-tuning (section 5.1).
     """
 
     sources: tuple[SourceConfig, ...]

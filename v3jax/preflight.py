@@ -8,7 +8,7 @@ from etils import epath
 
 from v3jax import checkpoint
 from v3jax.config import ExperimentConfig
-from v3jax.data.loader import Dataset
+from v3jax.data.dataset import Dataset
 from v3jax.optim.schedules import n_steps
 from v3jax.state import abstract_state
 
@@ -33,6 +33,7 @@ def preflight(
         ("mesh", ", ".join(f"{k}={v}" for k, v in mesh.shape.items())),
         ("steps", f"{n_steps(cfg):,}"),
         ("data digest", dataset.digest),
+        ("rows", str(dataset.folder or "synthetic")),
         ("state", f"{state_bytes / 1e6:,.1f} MB"),
         ("temporaries a device", f"{memory.temp_size_in_bytes / 1e6:,.1f} MB"),
         ("checkpoints kept", f"{cfg.run.keep_checkpoints * state_bytes / 1e6:,.1f} MB"),

@@ -15,7 +15,7 @@ from etils import epath
 
 from v3jax import checkpoint, config, decode, host
 from v3jax.config import ExperimentConfig, MeshConfig
-from v3jax.data.loader import cache_folder
+from v3jax.data.dataset import cache_folder
 from v3jax.data.tokenizer import Tokenizer
 from v3jax.sharding import make_mesh
 from v3jax.state import abstract_state

@@ -9,7 +9,7 @@ from etils import epath
 from v3jax import decode
 from v3jax.config import ExperimentConfig
 from v3jax.data import baselines
-from v3jax.data.loader import Dataset
+from v3jax.data.dataset import Dataset
 from v3jax.metrics import read_rows
 from v3jax.report import Sample, render
 from v3jax.state import TrainState

@@ -26,7 +26,8 @@ from etils import epath
 from v3jax import checkpoint, config, cost, host, registry
 from v3jax.config import ExperimentConfig
 from v3jax.data import baselines
-from v3jax.data.loader import Dataset, HostBatch, cache_folder, make_loader, open_dataset
+from v3jax.data.dataset import Dataset, cache_folder, open_dataset
+from v3jax.data.loader import HostBatch, make_loader
 from v3jax.metrics import Recorder, mfu
 from v3jax.optim.schedules import n_steps
 from v3jax.preflight import preflight

@@ -7,8 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.tiny import v3_tiny
 from v3jax.config import BatchConfig, DataConfig, ExperimentConfig, SourceConfig
+from v3jax.data.dataset import Dataset, open_dataset
 from v3jax.data.tokenizer import Tokenizer, train_tokenizer
 
 ODD_TEXTS = (
@@ -80,3 +83,25 @@ def config(seed: int = 0, **changes: Any) -> ExperimentConfig:
         batch=BatchConfig(micro_batch=2, start=4, end=12, ramp_tokens=100 * 32.0),
         run=replace(tiny.run, seed=seed),
     )
+
+
+N_TEXTS = 150  # of each source of `three_sources`
+
+
+def write_three(root: Path) -> None:
+    """Three sources of texts, long and short: folders `a`, `b` and `c`."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 40, (3, N_TEXTS)).tolist()
+    for k, name in enumerate("abc"):
+        write(root / name, (text(1000 * k + i, n) for i, n in enumerate(lengths[k])))
+
+
+def three_sources(home: Path, weights: tuple[float, ...] = (0.5, 0.3, 0.2)) -> tuple:
+    return tuple(
+        source(name, home / name, weight=w) for name, w in zip("abc", weights, strict=True)
+    )
+
+
+def opened(home: Path, seed: int = 0, **changes: Any) -> tuple[ExperimentConfig, Dataset]:
+    cfg = config(seed, **{"sources": three_sources(home)} | changes)
+    return cfg, open_dataset(cfg, home / "cache")

@@ -100,8 +100,8 @@ def pack(documents: Sequence[np.ndarray], capacity: int, pad: int) -> Rows:
     return Rows(tokens_NS, segments_NS)
 
 
-def write_rows(folder: Path, parts: dict[str, Rows]) -> None:
-    """Writes named rows to `folder`, whole: under another name first, then renamed."""
+def write_rows(folder: Path, parts: dict[str, Rows], texts: dict[str, str] | None = None) -> None:
+    """Writes named rows and text files to `folder`, whole: under another name, then renamed."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -111,6 +111,9 @@ def write_rows(folder: Path, parts: dict[str, Rows]) -> None:
             file = partial / f"{name}_{kind}.npy"
             np.save(file, array, allow_pickle=False)
             digests[file.name] = _digest(file)
+    for name, text in (texts or {}).items():
+        (partial / name).write_text(text, encoding="utf-8")
+        digests[name] = _digest(partial / name)
     (partial / _INDEX).write_text(json.dumps(digests))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -1,0 +1,302 @@
+"""The rows of a run: encoded, put in fill-in-the-middle form, packed by source, cached on disk.
+
+A cached folder is whole: rows, tokenizer and what they were made of, under a digest of everything
+that shapes them. `data.path` may name such a folder, copied to a machine that has no corpus.
+Dims: N rows, S = T + 1 tokens of a row.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from v3jax.config import ExperimentConfig
+from v3jax.data.corpus import Corpus, load_corpus
+from v3jax.data.fim import encode_documents
+from v3jax.data.packing import Rows, pack, read_rows, write_rows
+from v3jax.data.sources import Document
+from v3jax.data.tokenizer import SPLITS, Tokenizer, load_tokenizer, train_tokenizer
+
+_CACHE_VERSION = 3  # of what is cached and how it is made; raised when either changes
+_ABOUT, _TOKENIZER = "dataset.json", "tokenizer.json"
+_SHAPING = ("seq_len", "fim_rate", "newline_split_rate")  # fields that rows cannot change any more
+
+
+def cache_folder() -> Path:
+    """Where tokenizers, rows and compiled programs are kept: `V3JAX_CACHE` or `~/.cache/v3jax`."""
+    return Path(os.environ.get("V3JAX_CACHE") or Path.home() / ".cache" / "v3jax")
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What one source holds."""
+
+    name: str
+    weight: float
+    documents: int
+    megabytes: float
+    tokens: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows to train on, by source, and rows held out."""
+
+    train: tuple[Rows, ...]
+    weights: tuple[float, ...]
+    """Each source's share of the rows drawn."""
+    heldout: Rows
+    tokenizer: Tokenizer | None
+    """None for synthetic data."""
+    digest: str
+    files: tuple[tuple[str, str, str], ...]
+    """`(source, document name, sha256 of its text)`, held-out documents included."""
+    sources: tuple[SourceReport, ...]
+    folder: Path | None
+    """Where the rows lie; None for synthetic data."""
+    isolate_documents: bool = False
+    """Whether the first token of a document is no target (`DataConfig.isolate_documents`)."""
+
+    @cached_property
+    def fill_rate(self) -> float:
+        """Share of row positions that hold a token."""
+        used = sum(int((rows.segments_NS > 0).sum()) for rows in self.train)
+        return used / sum(rows.segments_NS.size for rows in self.train)
+
+    def heldout_bytes(self, n_rows: int) -> int:
+        """UTF-8 bytes of the targets in the first `n_rows` held-out rows; specials have none."""
+        if self.tokenizer is None:
+            return 0
+        tokens, segments = (x[:n_rows] for x in (self.heldout.tokens_NS, self.heldout.segments_NS))
+        mask = segments[:, 1:] > 0
+        if self.isolate_documents:
+            mask &= segments[:, 1:] == segments[:, :-1]
+        return int(self.tokenizer.byte_lengths[tokens[:, 1:][mask]].sum())
+
+    def heldout_text(self, n_rows: int) -> bytes:
+        """The bytes of the first `n_rows` held-out rows, for compressors."""
+        if self.tokenizer is None:
+            return b""
+        tokens = self.heldout.tokens_NS[:n_rows][self.heldout.segments_NS[:n_rows] > 0]
+        return b"".join(self.tokenizer.token_bytes[i] for i in tokens)
+
+
+def open_dataset(cfg: ExperimentConfig, cache: Path | None = None) -> Dataset:
+    """The experiment's dataset, from the cache or made and put there.
+
+    Raises:
+      ValueError: a corpus, tokenizer or cache that cannot be used; see `corpus` and `tokenizer`.
+    """
+    if cfg.data.synthetic:
+        return _synthetic(cfg)
+    if cfg.data.path is not None and (Path(cfg.data.path).expanduser() / _ABOUT).is_file():
+        return _open_prepared(cfg, Path(cfg.data.path).expanduser())
+    corpus = load_corpus(cfg.data)
+    cache = cache_folder() if cache is None else cache
+    try:
+        tokenizer = _tokenizer(cfg, corpus, cache)
+        found = _open_cached(cfg, corpus, tokenizer, cache)
+    except OSError as error:
+        raise ValueError(
+            f"{cache}: the cache cannot be written ({error.strerror}); set V3JAX_CACHE"
+        ) from None
+    return replace(found, files=corpus.files)  # the same texts may have moved
+
+
+def _open_prepared(cfg: ExperimentConfig, folder: Path) -> Dataset:
+    """The dataset in a folder that was cached on this machine or another."""
+    if cfg.data.tokenizer is not None:
+        raise ValueError(f"{folder}: prepared rows bring their tokenizer; unset data.tokenizer")
+    found = _read(cfg, folder)
+    if found is None:
+        raise ValueError(f"{folder}: the prepared rows are incomplete or damaged; copy them anew")
+    return found
+
+
+def _read(cfg: ExperimentConfig, folder: Path) -> Dataset | None:
+    """The dataset in `folder`; None unless it is whole."""
+    rows = read_rows(folder)
+    if rows is None:
+        return None
+    try:
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        text = (folder / _TOKENIZER).read_text(encoding="utf-8")
+        shape = {field: about[field] for field in _SHAPING}
+        sources = tuple(SourceReport(**source) for source in about["sources"])
+        train = tuple(rows[f"train_{i}"] for i in range(len(sources)))
+        heldout, digest, files = rows["heldout"], about["digest"], about["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    for field, value in shape.items():
+        if getattr(cfg.data, field) != value:
+            raise ValueError(
+                f"{folder}: prepared with {field}={value}, not {getattr(cfg.data, field)}; "
+                f"--set data.{field}={value}"
+            )
+    tokenizer = Tokenizer(text, str(folder / _TOKENIZER))
+    _check_tokenizer(cfg, tokenizer, str(folder / _TOKENIZER))
+    for name, part in rows.items():
+        _check_ids(part, cfg.model.vocab_size, f"{folder}/{name}_tokens.npy")
+    return Dataset(
+        train=train,
+        weights=tuple(source.weight for source in sources),
+        heldout=heldout,
+        tokenizer=tokenizer,
+        digest=digest,
+        files=tuple((source, name, text_hash) for source, name, text_hash in files),
+        sources=sources,
+        folder=folder,
+        isolate_documents=cfg.data.isolate_documents,
+    )
+
+
+def _tokenizer(cfg: ExperimentConfig, corpus: Corpus, cache: Path) -> Tokenizer:
+    if cfg.data.tokenizer is None:
+        return _trained_tokenizer(cfg, corpus, cache)
+    tokenizer = load_tokenizer(cfg.data.tokenizer)
+    _check_tokenizer(cfg, tokenizer, cfg.data.tokenizer)
+    return tokenizer
+
+
+def _check_tokenizer(cfg: ExperimentConfig, tokenizer: Tokenizer, origin: str) -> None:
+    if tokenizer.vocab_size > cfg.model.vocab_size:
+        raise ValueError(
+            f"{origin}: {tokenizer.vocab_size} ids exceed "
+            f"model.vocab_size={cfg.model.vocab_size}; raise it or choose another tokenizer"
+        )
+
+
+def _trained_tokenizer(cfg: ExperimentConfig, corpus: Corpus, cache: Path) -> Tokenizer:
+    """The tokenizer of the training documents: from the cache, or trained and put there."""
+    size, library = cfg.data.tokenizer_vocab_size, importlib.metadata.version("tokenizers")
+    key = _key(_CACHE_VERSION, library, SPLITS, size, corpus.train_digest)
+    file = cache / "tokenizers" / f"{key}.json"
+    if (found := _read_tokenizer(file)) is not None:
+        return found
+    with _alone(file):
+        if (found := _read_tokenizer(file)) is not None:
+            return found
+        texts = (d.text for documents in corpus.train for d in documents)
+        tokenizer = train_tokenizer(texts, size)
+        partial = file.with_suffix(".partial")
+        partial.write_text(f"{tokenizer.digest}\n{tokenizer.text}", encoding="utf-8")
+        partial.replace(file)
+        return tokenizer
+
+
+def _read_tokenizer(file: Path) -> Tokenizer | None:
+    """The tokenizer in a cached file; None unless it is there, bit for bit."""
+    try:
+        digest, _, text = file.read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    if hashlib.sha256(text.encode()).hexdigest() != digest:
+        return None
+    return Tokenizer(text, str(file))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Makes processes that would write `path` wait for each other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def _open_cached(
+    cfg: ExperimentConfig, corpus: Corpus, tokenizer: Tokenizer, cache: Path
+) -> Dataset:
+    """The dataset of a corpus: from the cache, or made and put there."""
+    shape = {field: getattr(cfg.data, field) for field in _SHAPING}
+    weights = [source.weight for source in corpus.sources]
+    key = _key(_CACHE_VERSION, corpus.digest, tokenizer.digest, shape, weights, cfg.run.seed)
+    folder = cache / "rows" / key
+    if (found := _read(cfg, folder)) is not None:
+        return found
+    with _alone(folder):
+        if (found := _read(cfg, folder)) is not None:
+            return found
+        rows = _encode_all(cfg, corpus, tokenizer)
+        train = tuple(rows[f"train_{i}"] for i in range(len(corpus.sources)))
+        sources = [asdict(source) for source in _report(corpus, train)]
+        about = {"digest": key, **shape, "sources": sources, "files": corpus.files}
+        write_rows(folder, rows, {_TOKENIZER: tokenizer.text, _ABOUT: json.dumps(about, indent=1)})
+        if (found := _read(cfg, folder)) is None:
+            raise ValueError(f"{folder}: reads back other than it was written; check the disk")
+        return found
+
+
+def _encode_all(cfg: ExperimentConfig, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Rows]:
+    """Rows by name. Held-out text is encoded as it is: no FIM, no random splitting."""
+    data = cfg.data
+
+    def packed(documents: Iterable[Document], fim_rate: float, newline_split_rate: float) -> Rows:
+        ids = encode_documents(
+            tokenizer,
+            [d.text for d in documents],
+            seed=cfg.run.seed,
+            fim_rate=fim_rate,
+            newline_split_rate=newline_split_rate,
+        )
+        return pack(list(ids), data.seq_len + 1, tokenizer.pad)
+
+    rows = {
+        f"train_{i}": packed(documents, data.fim_rate, data.newline_split_rate)
+        for i, documents in enumerate(corpus.train)
+    }
+    held = packed((d for documents in corpus.heldout for d in documents), 0.0, 0.0)
+    order_N = np.random.default_rng(0).permutation(len(held.tokens_NS))  # a prefix is a fair sample
+    rows["heldout"] = Rows(held.tokens_NS[order_N], held.segments_NS[order_N])
+    return rows
+
+
+def _check_ids(rows: Rows, vocab_size: int, file: str) -> None:
+    """Raises ValueError if a row holds an id outside the vocabulary; names the first."""
+    bad_N = ((rows.tokens_NS < 0) | (rows.tokens_NS >= vocab_size)).any(axis=1)
+    if bad_N.any():
+        row = int(bad_N.argmax())
+        ids = rows.tokens_NS[row]
+        first = int(ids[(ids < 0) | (ids >= vocab_size)][0])
+        raise ValueError(
+            f"{file}: row {row} holds token id {first}, outside model.vocab_size={vocab_size}; "
+            "raise it or retrain the tokenizer"
+        )
+
+
+def _report(corpus: Corpus, train: tuple[Rows, ...]) -> tuple[SourceReport, ...]:
+    return tuple(
+        SourceReport(
+            name=source.name,
+            weight=source.weight,
+            documents=len(documents),
+            megabytes=sum(len(d.text.encode()) for d in documents) / 1e6,
+            tokens=int((rows.segments_NS > 0).sum()),
+            rows=len(rows.tokens_NS),
+        )
+        for source, documents, rows in zip(corpus.sources, corpus.train, train, strict=True)
+    )
+
+
+def _synthetic(cfg: ExperimentConfig) -> Dataset:
+    """Uniform random ids, as many rows as a few batches hold."""
+    n_rows, capacity = 4 * cfg.batch.end, cfg.data.seq_len + 1
+    rng = np.random.default_rng(cfg.run.seed)
+    ids_NS = rng.integers(0, cfg.data.tokenizer_vocab_size, (n_rows, capacity)).astype(np.int32)
+    rows = Rows(ids_NS, np.ones_like(ids_NS))
+    report = SourceReport("synthetic", 1.0, n_rows, 0.0, ids_NS.size, n_rows)
+    return Dataset((rows,), (1.0,), rows, None, f"synthetic-{cfg.run.seed}", (), (report,), None)
