@@ -4,9 +4,9 @@
     python -m benchmarks.step_speed --maxtext=DIR    # and MaxText, installed into DIR from PyPI
 
 MaxText is the nearest JAX peer. It runs its own training loop in an environment of its own with the
-shapes of `v3_peer`: FP32, minimal recompute, AdamW, loss-free bias update on, MTP off, synthetic
-data. Ours is timed before and after it and the two are averaged, since machines are shared; the CPU
-seconds of both processes are printed beside the wall clock for the same reason.
+shapes of `v3_peer`: FP32, minimal recompute, AdamW, loss-free bias update on, synthetic data, MTP
+off and then on. Ours is timed before and after it and the two are averaged, since machines are
+shared; the CPU seconds of both processes are printed beside the wall clock for the same reason.
 """
 
 import json
@@ -109,25 +109,31 @@ def main(argv: list[str]) -> None:
     cfg = registry.get("v3_peer")
     tokens = cfg.batch.end * cfg.data.seq_len
     mtp = replace(cfg, model=replace(cfg.model, mtp_depth=1))
-    runs = [time_step(cfg, _STEPS.value)]
-    peer = (
-        time_maxtext(cfg, Path(_MAXTEXT.value).resolve(), _STEPS.value) if _MAXTEXT.value else None
-    )
-    runs.append(time_step(cfg, _STEPS.value))
-    with_mtp = time_step(mtp, _STEPS.value)
-    limit = cost.flops_per_token(cfg.model, cfg.data.seq_len) * tokens / matmul_flops()
-
-    def row(name: str, wall: float, cpu: float) -> None:
-        print(f"{name:28s} {wall:8.3f} {cpu:8.3f} {tokens / wall:10.0f} {limit / wall:10.2f}")
-
+    peak = matmul_flops()
+    print(f"FP32 matrix products: {peak / 1e9:.0f} GFLOP/s")
     print(f"{'':28s} {'s/step':>8s} {'CPU s':>8s} {'tokens/s':>10s} {'of limit':>10s}")
-    wall = statistics.mean(run.wall for run in runs)
-    cpu = statistics.mean(run.cpu for run in runs)
-    row("v3jax", wall, cpu)
-    row("v3jax with MTP", with_mtp.wall, with_mtp.cpu)
-    if peer is not None:
-        row("MaxText 0.2.5", peer.wall, peer.cpu)
-        print(f"ratio to MaxText: wall {peer.wall / wall:.2f}, CPU seconds {peer.cpu / cpu:.2f}")
+
+    def row(name: str, run: ExperimentConfig, wall: float, cpu: float) -> None:
+        flops = tokens * cost.flops_per_token(run.model, run.data.seq_len, mtp=True)
+        print(
+            f"{name:28s} {wall:8.3f} {cpu:8.3f} {tokens / wall:10.0f} {flops / peak / wall:10.2f}",
+            flush=True,
+        )
+
+    for name, run in (("", cfg), (" with MTP", mtp)):
+        ours = [time_step(run, _STEPS.value)]
+        peer = None
+        if _MAXTEXT.value:
+            peer = time_maxtext(run, Path(_MAXTEXT.value).resolve(), _STEPS.value)
+            ours.append(time_step(run, _STEPS.value))
+        wall = statistics.mean(timing.wall for timing in ours)
+        cpu = statistics.mean(timing.cpu for timing in ours)
+        row(f"v3jax{name}", run, wall, cpu)
+        if peer is not None:
+            row(f"MaxText 0.2.5{name}", run, peer.wall, peer.cpu)
+            print(
+                f"ratio to MaxText: wall {peer.wall / wall:.2f}, CPU seconds {peer.cpu / cpu:.2f}"
+            )
 
 
 if __name__ == "__main__":

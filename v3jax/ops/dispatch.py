@@ -32,12 +32,12 @@ class Layout:
 
 
 def block_rows(n_choices: int, n_experts: int) -> int:
-    """Rows of a block: a power of two near a quarter of an expert's mean load, within 8..128.
+    """Rows of a block: a power of two near an eighth of an expert's mean load, within 8..128.
 
     Smaller blocks waste less padding, larger ones make better matrix products.
     """
     mean_load = max(n_choices / n_experts, 1.0)
-    return int(np.clip(2 ** int(np.log2(mean_load) - 1), _MIN_BLOCK, _MAX_BLOCK))
+    return int(np.clip(2 ** int(np.log2(mean_load) - 2), _MIN_BLOCK, _MAX_BLOCK))
 
 
 def make_layout(experts_TK: jax.Array, n_experts: int, block: int | None = None) -> Layout:
@@ -45,7 +45,8 @@ def make_layout(experts_TK: jax.Array, n_experts: int, block: int | None = None)
     with jax.named_scope("make_layout"):
         n_choices = experts_TK.size
         block = block_rows(n_choices, n_experts) if block is None else block
-        n_blocks = n_choices // block + min(n_experts, n_choices)
+        # Every expert met fills its last block with one row at least.
+        n_blocks = (n_choices + min(n_experts, n_choices) * (block - 1)) // block
         flat = experts_TK.reshape(-1)
         order = jnp.argsort(flat, stable=True).astype(jnp.int32)
         bounds_E1 = jnp.searchsorted(flat[order], jnp.arange(n_experts + 1), side="left")

@@ -6,7 +6,7 @@ Dims: B batch, T time, C positions of a chunk, D features, V vocabulary.
 import jax
 import jax.numpy as jnp
 
-_MAX_CHUNKS = 8
+_MAX_CHUNKS = 16
 _MIN_CHUNK = 32
 
 
