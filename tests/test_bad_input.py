@@ -61,7 +61,7 @@ def run_mini(
         (["model.top_groups=5"], "within 1..n_groups=4"),
         (["model.rope_head_dim=7"], "must be even"),
         (["model.dim=0"], "must be positive"),
-        (["batch.end=20"], "whole number of micro-batches"),
+        (["batch.end=21"], "whole number of micro-batches"),
         (["data.tokenizer_vocab_size=5000"], "exceed model.vocab_size=4096"),
         (["checkpoint_format=0"], "writes format"),
     ],
