@@ -74,6 +74,16 @@ def test_a_run_writes_all_its_files() -> None:
     assert "rows " in (workdir / "data_files.txt").read_text()
 
 
+def test_a_workdir_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = mini.config(total_tokens=2 * 2 * 32.0, eval_every=0)
+    result = mini.run_here(cfg, Path("runs/mini"))
+    found = checkpoint.latest("runs/mini")
+    assert found is not None
+    assert found.step == result.step == 2
+    checkpoint.verify("runs/mini", 2)
+
+
 def test_every_row_has_the_promised_fields() -> None:
     cfg = mini.config()
     rows = read_rows(mini.finished() / "metrics.jsonl")

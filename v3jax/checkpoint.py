@@ -60,7 +60,9 @@ def flat_arrays(tree: Any) -> dict[str, Any]:
 
 
 def checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
-    return epath.Path(workdir) / "checkpoints"
+    """Where a run's checkpoints lie; on a local disk the path is absolute, as orbax wants it."""
+    local = local_path(workdir)
+    return epath.Path(workdir if local is None else local.absolute()) / "checkpoints"
 
 
 def local_path(path: epath.PathLike) -> Path | None:
