@@ -88,6 +88,29 @@ def v3_tiny_long() -> ExperimentConfig:
 
 
 @register
+def v3_tiny_continued() -> ExperimentConfig:
+    """v3_tiny's exported weights trained a little further, an example of init_from."""
+    tiny = v3_tiny()
+    tokens, source = 6.4e4, "runs/v3_tiny_hf"  # made by v3jax.convert to-hf
+    return replace(
+        tiny,
+        name="v3_tiny_continued",
+        init_from=source,
+        data=replace(tiny.data, tokenizer=source),
+        batch=replace(tiny.batch, start=8, end=8, ramp_tokens=0.0),
+        # Where pre-training ended: its last learning rate, bias frozen, MTP at its lower weight.
+        optim=replace(
+            tiny.optim,
+            warmup_steps=10,
+            phases=(replace(tiny.optim.phases[-1], until_tokens=tokens),),
+        ),
+        balance=replace(tiny.balance, bias_speed=((tokens, 0.0),)),
+        mtp_weight=((tokens, 0.1),),
+        run=replace(tiny.run, total_tokens=tokens, eval_every=10),
+    )
+
+
+@register
 def v3_peer() -> ExperimentConfig:
     """The shapes MaxText 0.2.5 was measured on: synthetic data, FP32, for speed alone."""
     tiny = v3_tiny()
@@ -116,6 +139,7 @@ def v3_peer() -> ExperimentConfig:
             route_scale=2.5,
             mtp_depth=0,
             norm_eps=1e-6,
+            latent_norm_eps=1e-6,
             rope_base=10_000.0,
             yarn=None,
             init_std=0.006,

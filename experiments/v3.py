@@ -60,6 +60,7 @@ def v3_full() -> ExperimentConfig:
             route_scale=2.5,  # released config
             mtp_depth=1,
             norm_eps=1e-6,  # released config
+            latent_norm_eps=1e-6,  # released code
             rope_base=10_000.0,
             yarn=None,  # from section 4.3 on only
             init_std=0.006,

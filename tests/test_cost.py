@@ -46,6 +46,14 @@ def test_counts_equal_the_shapes_the_model_declares(name: str) -> None:
     assert n_elements((state.params, state.router_state)) == counts.main + counts.mtp
 
 
+def test_counts_follow_a_model_without_query_latent() -> None:
+    cfg = registry.get("v3_tiny")
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, q_latent_dim=None))
+    state = abstract_state(cfg, abstract_mesh(cfg.mesh))
+    counts = cost.param_counts(cfg.model)
+    assert n_elements((state.params, state.router_state)) == counts.main + counts.mtp
+
+
 def test_a_second_mtp_module_doubles_their_parameters() -> None:
     deeper = dataclasses.replace(FULL.model, mtp_depth=2)
     assert cost.param_counts(deeper).mtp == 2 * 11_610_068_224

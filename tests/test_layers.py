@@ -15,18 +15,21 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"config"},
-    {"registry", "sharding", "host"},
+    {"cli", "host", "registry", "sharding"},
     {"kernels", "eplb"},
     {"ops"},
     {"model", "optim", "data", "rewards"},
-    {"objective", "pipeline"},
+    {"objective", "pipeline", "weights"},
     {"state", "step", "checkpoint", "metrics", "progress", "report", "decode", "hf"},
-    {"preflight", "summary"},
+    {"models", "preflight", "summary"},
     {"train", "grpo", "evaluate", "evals", "sample", "convert", "aot", "cost"},
 )
 
 # Folders that may use a neighbour on their floor: importer, imported.
-BESIDE = {("data", "optim")}  # the loader asks the schedules how large each step's batch is
+BESIDE = {
+    ("data", "optim"),  # the loader asks the schedules how large each step's batch is
+    ("hf", "checkpoint"),  # conversions commit a manifest as checkpoints do
+}
 
 
 def floor_of(part: str) -> int:

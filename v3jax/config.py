@@ -57,7 +57,8 @@ class ModelConfig:
     n_layers: int
     n_dense_layers: int
     n_heads: int
-    q_latent_dim: int
+    q_latent_dim: int | None
+    """None projects queries in one step, as the smallest V2 model does."""
     kv_latent_dim: int
     nope_head_dim: int
     rope_head_dim: int
@@ -72,6 +73,8 @@ class ModelConfig:
     route_scale: float
     mtp_depth: int
     norm_eps: float
+    latent_norm_eps: float
+    """Of the norms of the two latents."""
     rope_base: float
     yarn: YarnConfig | None
     init_std: float
@@ -310,6 +313,8 @@ class ExperimentConfig:
     balance: BalanceConfig
     mtp_weight: Schedule
     run: RunConfig
+    init_from: str | None = None
+    """Weights the run starts from: a run directory, a Hugging Face directory or a conversion."""
     checkpoint_format: int = CHECKPOINT_FORMAT
 
     def __post_init__(self) -> None:

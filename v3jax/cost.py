@@ -12,13 +12,12 @@ guide which says nothing of small models that cannot fill a GPU.
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from absl import app, flags
+from absl import flags
 
-from v3jax import config, registry
+from v3jax import cli, config, registry
 from v3jax.config import ExperimentConfig, ModelConfig
 
 REPORT_GPU_HOURS_PER_TRILLION = 180_000.0  # report section 1, H800, v3_full at 4K
@@ -71,16 +70,16 @@ def _body(model: ModelConfig, experts_met: int) -> int:
 
 
 def _block(model: ModelConfig, ffn: int) -> int:
-    norms = model.q_latent_dim + model.kv_latent_dim + 2 * model.dim
+    norms = (model.q_latent_dim or 0) + model.kv_latent_dim + 2 * model.dim
     return _mla_matrices(model) + norms + ffn
 
 
 def _mla_matrices(model: ModelConfig) -> int:
     query = model.n_heads * (model.nope_head_dim + model.rope_head_dim)
     key_value = model.n_heads * (model.nope_head_dim + model.v_head_dim)
+    latent = model.q_latent_dim
     return (
-        model.dim * model.q_latent_dim
-        + model.q_latent_dim * query
+        (model.dim * query if latent is None else latent * (model.dim + query))
         + model.dim * (model.kv_latent_dim + model.rope_head_dim)
         + model.kv_latent_dim * key_value
         + model.n_heads * model.v_head_dim * model.dim
@@ -241,33 +240,20 @@ def _giga(flops: float) -> str:
     return f"{flops / 1e9:,.1f} GFLOP" if flops >= 1e9 else f"{flops / 1e9:.4g} GFLOP"
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Prints the table; a wrong experiment, field or number is one line and exit code 2."""
+    values = flags.FLAGS
     try:
         if len(argv) > 1:
             raise ValueError(f"{argv[1]!r} is no flag; see --help")
-        values = flags.FLAGS
         if values.exp is None:
             raise ValueError(f"--exp: name one of {', '.join(registry.names())}")
         cfg = config.override(registry.get(values.exp), values.set)
         result = cost(cfg, values.price, values.gpu_hours_per_trillion)
     except ValueError as error:
-        _usage_error(error)
-    else:
-        print(json.dumps(dataclasses.asdict(result)) if values.json else table(result))
-
-
-def _usage_error(error: Exception) -> None:
-    print(f"v3jax.cost: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _usage_error(error)
-        raise
+        return cli.fail("cost", error, cli.USAGE)
+    print(json.dumps(dataclasses.asdict(result)) if values.json else table(result))
+    return 0
 
 
 if __name__ == "__main__":
@@ -276,4 +262,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("price", 2.0, "Dollars a GPU hour.")
     flags.DEFINE_float("gpu_hours_per_trillion", None, "Measured GPU hours per 1e12 tokens.")
     flags.DEFINE_boolean("json", False, "Print one JSON object.")
-    app.run(main, flags_parser=_parse)
+    cli.run("cost", main)

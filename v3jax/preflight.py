@@ -9,6 +9,7 @@ from etils import epath
 from v3jax import checkpoint
 from v3jax.config import ExperimentConfig
 from v3jax.data.dataset import Dataset
+from v3jax.models import find_initial
 from v3jax.optim.schedules import n_steps
 from v3jax.state import abstract_state
 
@@ -19,8 +20,10 @@ def preflight(
     """Compiles the step and prints what the run needs beside what is there.
 
     Raises:
-      ValueError: the disk has no room for the checkpoints.
+      ValueError: the disk has no room for the checkpoints, or `init_from` cannot be used.
     """
+    if cfg.init_from is not None:
+        find_initial(cfg)
     state = abstract_state(cfg, mesh)
     n_micro = cfg.batch.end // cfg.batch.micro_batch
     shape = (n_micro, cfg.batch.micro_batch, cfg.data.seq_len + 1)
@@ -32,6 +35,7 @@ def preflight(
         ("experiment", cfg.name),
         ("mesh", ", ".join(f"{k}={v}" for k, v in mesh.shape.items())),
         ("steps", f"{n_steps(cfg):,}"),
+        ("starts from", cfg.init_from or "new weights"),
         ("data digest", dataset.digest),
         ("rows", str(dataset.folder or "synthetic")),
         ("state", f"{state_bytes / 1e6:,.1f} MB"),

@@ -52,6 +52,19 @@ def init_state(
     return jax.jit(lambda: _create(cfg, rules), out_shardings=places)()
 
 
+def state_around(
+    cfg: ExperimentConfig,
+    params: Any,
+    router_state: Any,
+    mesh: Mesh | AbstractMesh,
+    rules: ShardingRules | None = None,
+) -> TrainState:
+    """A state that starts from given FP32 weights, which it takes over (they are donated)."""
+    places = state_shardings(cfg, mesh, rules)
+    around = jax.jit(lambda p, r: _around(cfg, p, r), donate_argnums=0, out_shardings=places)
+    return around(params, router_state)
+
+
 def abstract_state(
     cfg: ExperimentConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules | None = None
 ) -> TrainState:
@@ -101,14 +114,17 @@ def _variables(cfg: ExperimentConfig, rules: ShardingRules | None) -> Any:
 
 def _create(cfg: ExperimentConfig, rules: ShardingRules | None) -> TrainState:
     variables = sharding.unbox(_variables(cfg, rules))
-    params = variables["params"]
+    return _around(cfg, variables["params"], variables.get("router_state", {}))
+
+
+def _around(cfg: ExperimentConfig, params: Any, router_state: Any) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         sequences=jnp.zeros((), jnp.uint32),
         bad_steps=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=adamw(cfg.optim, cfg.numerics.moments).init(params),
-        router_state=variables.get("router_state", {}),
+        router_state=router_state,
         ema=jax.tree.map(jnp.copy, params) if cfg.optim.ema_decay is not None else None,
     )
 

@@ -7,9 +7,9 @@
 Started again on the same `--workdir` it continues from the last complete checkpoint, bit for bit.
 """
 
+import functools
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -20,20 +20,22 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
+from jax.sharding import Mesh
 
-from v3jax import checkpoint, config, cost, host, registry
+from v3jax import checkpoint, cli, config, cost, host, registry
 from v3jax.config import ExperimentConfig
 from v3jax.data import baselines
 from v3jax.data.dataset import Dataset, cache_folder, open_dataset
 from v3jax.data.loader import HostBatch, make_loader
 from v3jax.metrics import Recorder, mfu
+from v3jax.models import initial_weights
 from v3jax.optim.schedules import n_steps
 from v3jax.preflight import preflight
 from v3jax.progress import Progress
 from v3jax.sharding import make_mesh
-from v3jax.state import TrainState, abstract_state, init_state
+from v3jax.state import TrainState, abstract_state, init_state, state_around
 from v3jax.step import make_eval_step, make_train_step
 from v3jax.summary import write_report, write_samples
 
@@ -98,7 +100,7 @@ def run(
 
         # ---- State, new or continued
         if found is None:
-            state, start = init_state(cfg, mesh), 0
+            state, start = _first_state(cfg, mesh), 0
         else:
             state = checkpoint.restore(found, abstract_state(cfg, mesh))
             loader.set_state(found.manifest["data"])
@@ -319,6 +321,13 @@ class Trace:
             self._running = False
 
 
+def _first_state(cfg: ExperimentConfig, mesh: Mesh) -> TrainState:
+    if cfg.init_from is None:
+        return init_state(cfg, mesh)
+    print(f"starting from the weights of {cfg.init_from}", flush=True)
+    return state_around(cfg, *initial_weights(cfg, mesh), mesh)
+
+
 def _on_device(batch: HostBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jax.device_put((batch.tokens_MBS, batch.segments_MBS, np.int32(batch.n_micro)))
 
@@ -352,10 +361,13 @@ def _list_experiments() -> None:
         print(f"{name:16s} {registry.describe(name)}")
 
 
+_fail = functools.partial(cli.fail, "train")
+
+
 def main(argv: Sequence[str]) -> int:
     """Parses, runs; 2 for a mistake in the call, 1 for anything that cannot be used."""
     if len(argv) > 1:
-        return _fail(f"unexpected arguments {' '.join(argv[1:])}; options start with --", 2)
+        return _fail(f"unexpected arguments {' '.join(argv[1:])}; options start with --", cli.USAGE)
     try:
         if _LIST.value:
             _list_experiments()
@@ -365,7 +377,7 @@ def main(argv: Sequence[str]) -> int:
         cfg = config.override(registry.get(_EXP.value), _SET.value)
         profile = _profile_range(_PROFILE.value)
     except ValueError as error:
-        return _fail(str(error), 2)
+        return _fail(error, cli.USAGE)
     logging.set_verbosity(logging.WARNING)
     host.reuse_freed_memory()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
@@ -374,21 +386,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         run(cfg, workdir, profile=profile, check=_CHECK.value)
     except (ValueError, RuntimeError, OSError) as error:
-        return _fail(str(error).strip().split("\n")[0], 1)
+        return _fail(error, cli.UNUSABLE)
     return 0
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"v3jax.train: {message}", file=sys.stderr, flush=True)
-    return code
-
-
-def _parse(argv: Sequence[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(_fail(" ".join(str(error).split()), 2))
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    cli.run("train", main)

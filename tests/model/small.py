@@ -37,6 +37,7 @@ CONFIG = ModelConfig(
     route_scale=2.5,
     mtp_depth=2,
     norm_eps=1e-6,
+    latent_norm_eps=1e-6,
     rope_base=10_000.0,
     yarn=None,
     init_std=0.006,
@@ -103,10 +104,16 @@ def block_params(
     d, f = cfg.dim, cfg.expert_ffn_dim if moe else cfg.dense_ffn_dim
     q_head = cfg.nope_head_dim + cfg.rope_head_dim
     kv_head = cfg.nope_head_dim + cfg.v_head_dim
-    attention = {
-        "q_a_proj": _matrix(rng, *lead, d, cfg.q_latent_dim),
-        "q_a_layernorm": _norm(rng, *lead, cfg.q_latent_dim),
-        "q_b_proj": _matrix(rng, *lead, cfg.q_latent_dim, cfg.n_heads * q_head),
+    latent = cfg.q_latent_dim
+    if latent is None:
+        queries = {"q_proj": _matrix(rng, *lead, d, cfg.n_heads * q_head)}
+    else:
+        queries = {
+            "q_a_proj": _matrix(rng, *lead, d, latent),
+            "q_a_layernorm": _norm(rng, *lead, latent),
+            "q_b_proj": _matrix(rng, *lead, latent, cfg.n_heads * q_head),
+        }
+    attention = queries | {
         "kv_a_proj_with_mqa": _matrix(rng, *lead, d, cfg.kv_latent_dim + cfg.rope_head_dim),
         "kv_a_layernorm": _norm(rng, *lead, cfg.kv_latent_dim),
         "kv_b_proj": _matrix(rng, *lead, cfg.kv_latent_dim, cfg.n_heads * kv_head),

@@ -59,6 +59,18 @@ def test_attention_equals_the_reference(
     np.testing.assert_allclose(run(cfg, p, x, segments), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"q_latent_dim": None}, {"norm_eps": 0.3}, {"latent_norm_eps": 0.3}], ids=str
+)
+def test_attention_without_query_latent_or_with_other_eps_equals_the_reference(
+    changes: dict,
+) -> None:
+    cfg = small.config(**changes)
+    p, x = weights(cfg), draw(cfg)
+    wanted = [reference.attention(row, p, cfg) for row in x]
+    np.testing.assert_allclose(run(cfg, p, x), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_equal_finite_differences_of_the_reference() -> None:
     cfg = small.config()
     tree = {"x": draw(cfg), "p": weights(cfg)}

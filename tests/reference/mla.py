@@ -28,10 +28,13 @@ def _latents(
     x_TD: np.ndarray, p: dict, cfg: ModelConfig
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries of all heads before rotation, normalised latent, rotated shared key."""
-    c_q_TQ = rms_norm(x_TD @ p["q_a_proj"], p["q_a_layernorm"], cfg.norm_eps)
-    q_T = c_q_TQ @ p["q_b_proj"]
+    if cfg.q_latent_dim is None:
+        q_T = x_TD @ p["q_proj"]
+    else:
+        c_q_TQ = rms_norm(x_TD @ p["q_a_proj"], p["q_a_layernorm"], cfg.latent_norm_eps)
+        q_T = c_q_TQ @ p["q_b_proj"]
     down_T = x_TD @ p["kv_a_proj_with_mqa"]
-    c_kv_TC = rms_norm(down_T[:, : cfg.kv_latent_dim], p["kv_a_layernorm"], cfg.norm_eps)
+    c_kv_TC = rms_norm(down_T[:, : cfg.kv_latent_dim], p["kv_a_layernorm"], cfg.latent_norm_eps)
     k_rope_TR = rotate_sequence(down_T[:, cfg.kv_latent_dim :], model_frequencies(cfg))
     return q_T, c_kv_TC, k_rope_TR
 

@@ -24,9 +24,11 @@ def yarn_frequencies(
 
     low, high = np.floor(pair_turning(beta_fast)), np.ceil(pair_turning(beta_slow))
     low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 1e-3  # released code
     theta = frequencies(dim, base)
     for i in range(dim // 2):
-        ramp = min(max((i - low) / max(high - low, 1e-3), 0.0), 1.0)
+        ramp = min(max((i - low) / (high - low), 0.0), 1.0)
         theta[i] = theta[i] * (1 - ramp) + theta[i] / factor * ramp
     return theta
 

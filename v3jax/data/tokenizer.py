@@ -5,6 +5,7 @@ Ids: three specials, bytes and merges, then the remaining specials, as in the re
 Every added token is a control token: text that spells one is encoded as plain bytes.
 """
 
+import codecs
 import hashlib
 import json
 import unicodedata
@@ -31,6 +32,8 @@ SPLITS = (
     "|\\s*[\r\n]+"
     r"|\s+(?!\S)|\s+",
 )
+
+_NOT_UNICODE = "the text is not valid Unicode; give it as UTF-8"
 
 
 class Tokenizer:
@@ -90,20 +93,71 @@ class Tokenizer:
         try:
             encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:
-            raise ValueError("the text is not valid Unicode; give it as UTF-8") from None
+            raise ValueError(_NOT_UNICODE) from None
         return [e.ids for e in encoded]
+
+    def encode_with_controls(self, text: str) -> list[int]:
+        """Ids of a text whose control tokens count: for templates, never for text of others.
+
+        Raises:
+          ValueError: as `encode`.
+        """
+        return self.encode_pieces(self.split_controls(text))
+
+    def split_controls(self, text: str) -> list[tuple[str, int | None]]:
+        """Cuts a text at its control tokens: pieces with their ids, None for those in between.
+
+        Raises:
+          ValueError: as `encode`.
+        """
+        try:
+            cut = self._splitter.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise ValueError(_NOT_UNICODE) from None
+        return [
+            (text[low:high], self.control_ids.get(self._splitter.id_to_token(i)))
+            for i, (low, high) in zip(cut.ids, cut.offsets, strict=True)
+        ]
+
+    def encode_pieces(self, pieces: Iterable[tuple[str, int | None]]) -> list[int]:
+        """Ids of what `split_controls` returns; the pieces without an id are plain text."""
+        pieces = list(pieces)
+        plain = iter(self.encode_batch([text for text, index in pieces if index is None]))
+        return [i for _, index in pieces for i in (next(plain) if index is None else [index])]
+
+    @cached_property
+    def _splitter(self) -> Any:
+        """Knows the control tokens and no other: what lies between is one unknown token.
+
+        So control tokens are found as in any Hugging Face tokenizer, their options included.
+        """
+        from tokenizers import Tokenizer as HFTokenizer
+        from tokenizers import models
+
+        splitter = HFTokenizer(models.WordLevel({"": 0}, unk_token=""))
+        splitter.add_tokens(list(self._inner.get_added_tokens_decoder().values()))
+        return splitter
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that form no UTF-8 become U+FFFD, unused ids nothing."""
+        raw = self.decode_bytes(ids, skip_special_tokens=skip_special_tokens)
+        return raw.decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> bytes:
+        """The bytes `ids` stand for, which may begin or end within a character."""
         controls = {} if skip_special_tokens else self._controls
-        raw = (controls.get(int(i)) or self.token_bytes[int(i)] for i in ids)
-        return b"".join(raw).decode(errors="replace")
+        return b"".join(controls.get(int(i)) or self.token_bytes[int(i)] for i in ids)
+
+    @cached_property
+    def control_ids(self) -> dict[str, int]:
+        """The id of each control token, by its spelling."""
+        added = self._inner.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items()}
 
     @cached_property
     def _controls(self) -> dict[int, bytes]:
         """The spelling of each control token."""
-        added = self._inner.get_added_tokens_decoder()
-        return {i: token.content.encode() for i, token in added.items()}
+        return {i: spelling.encode() for spelling, i in self.control_ids.items()}
 
     @cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
@@ -144,6 +198,27 @@ class Tokenizer:
             else:
                 out.append(index)
         return out
+
+
+class StreamDecoder:
+    """Text of ids as they come; a character whose last bytes are still to come is held back.
+
+    What `push` and the closing `flush` return adds up to `Tokenizer.decode` of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these further ids complete; perhaps none."""
+        raw = self._tokenizer.decode_bytes(ids, skip_special_tokens=self._skip)
+        return self._utf8.decode(raw)
+
+    def flush(self) -> str:
+        """What is held back, as U+FFFD; the decoder is then as new."""
+        return self._utf8.decode(b"", final=True)
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -28,25 +28,20 @@ class MLA(Module):
         chex.assert_shape(x_BTD, (None, None, cfg.dim))
         batch, length, _ = x_BTD.shape
         n_heads, nope, rot = cfg.n_heads, cfg.nope_head_dim, cfg.rope_head_dim
-        q_a = self.matrix("q_a_proj", (cfg.dim, cfg.q_latent_dim), "embed", "latent")
         kv_a = self.matrix(
             "kv_a_proj_with_mqa", (cfg.dim, cfg.kv_latent_dim + rot), "embed", "latent"
         )
-        q_b = self.matrix("q_b_proj", (cfg.q_latent_dim, n_heads * (nope + rot)), "latent", "heads")
         kv_b = self.matrix(
             "kv_b_proj", (cfg.kv_latent_dim, n_heads * (nope + cfg.v_head_dim)), "latent", "heads"
         )
         o = self.matrix("o_proj", (n_heads * cfg.v_head_dim, cfg.dim), "heads", "embed")
-        q_norm = self.norm_weight("q_a_layernorm", cfg.q_latent_dim)
         kv_norm = self.norm_weight("kv_a_layernorm", cfg.kv_latent_dim)
 
-        q_latent_BTL = checkpoint_name(x_BTD @ q_a, "q_latent")
         kv_latent_BTL = checkpoint_name(x_BTD @ kv_a, "kv_latent")
         kv_latent_BTL, k_rope_BTR = jnp.split(kv_latent_BTL, [cfg.kv_latent_dim], axis=-1)
 
-        q_BTHK = rms_norm(q_latent_BTL, q_norm, cfg.norm_eps) @ q_b
-        q_BTHK = q_BTHK.reshape(batch, length, n_heads, nope + rot)
-        kv_BTH = rms_norm(kv_latent_BTL, kv_norm, cfg.norm_eps) @ kv_b
+        q_BTHK = self._queries(x_BTD).reshape(batch, length, n_heads, nope + rot)
+        kv_BTH = rms_norm(kv_latent_BTL, kv_norm, cfg.latent_norm_eps) @ kv_b
         kv_BTH = kv_BTH.reshape(batch, length, n_heads, nope + cfg.v_head_dim)
 
         theta_P = rope.frequencies(cfg)
@@ -63,3 +58,15 @@ class MLA(Module):
             segments_BT=segments_BT,
         )
         return out_BTHV.reshape(batch, length, -1) @ o
+
+    def _queries(self, x_BTD: jax.Array) -> jax.Array:
+        """All heads' queries side by side, `[B, T, H K]`, through their latent if there is one."""
+        cfg = self.cfg
+        width = cfg.n_heads * (cfg.nope_head_dim + cfg.rope_head_dim)
+        if cfg.q_latent_dim is None:
+            return x_BTD @ self.matrix("q_proj", (cfg.dim, width), "embed", "heads")
+        q_a = self.matrix("q_a_proj", (cfg.dim, cfg.q_latent_dim), "embed", "latent")
+        q_b = self.matrix("q_b_proj", (cfg.q_latent_dim, width), "latent", "heads")
+        q_norm = self.norm_weight("q_a_layernorm", cfg.q_latent_dim)
+        q_latent_BTL = checkpoint_name(x_BTD @ q_a, "q_latent")
+        return rms_norm(q_latent_BTL, q_norm, cfg.latent_norm_eps) @ q_b

@@ -30,7 +30,7 @@ def frequencies(cfg: ModelConfig) -> np.ndarray:
 
     low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
-    ramp_P = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    ramp_P = np.clip((np.arange(dim // 2) - low) / ((high - low) or 0.001), 0, 1)
     return theta_P * (1 - ramp_P) + theta_P / yarn.factor * ramp_P
 
 
