@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 
 from tests import mini
-from v3jax import checkpoint, decode
+from v3jax import checkpoint, convert, decode, models
+from v3jax.data.chat import ChatTemplate
+from v3jax.decode.steps import PREFILL_CHUNK
 from v3jax.model.transformer import head_logits
+from v3jax.models import load_run
 from v3jax.objective import apply_model
-from v3jax.sample import load_run
 
 PROMPT = "def calendar(self, year):"
 
@@ -106,23 +109,12 @@ def test_draws_depend_on_the_seed_alone(loaded: Any) -> None:
 def test_draws_follow_the_softmax_at_the_temperature(loaded: Any) -> None:
     cfg, params, router_state, tokenizer = loaded
     ids, temperature, n_draws = tokenizer.encode(PROMPT), 0.7, 400
-    rows = np.full((n_draws, cfg.data.seq_len), tokenizer.pad, np.int32)
-    rows[:, : len(ids)] = ids
-    chosen = decode.next_token(
-        cfg,
-        params,
-        router_state,
-        jnp.asarray(rows),
-        jnp.full(n_draws, len(ids), jnp.int32),
-        jnp.asarray(tokenizer.vocab_size),
-        jnp.asarray(temperature),
-        jax.random.key(0),
-    )
+    chosen = generate(loaded, [PROMPT] * n_draws, n_tokens=1, temperature=temperature)
     logits = last_logits(cfg, params, router_state, ids)[: tokenizer.vocab_size] / temperature
     probability = np.exp(logits - logits.max())
     probability /= probability.sum()
     likeliest = np.argsort(-probability)[:20]
-    share = np.mean(np.isin(np.asarray(chosen), likeliest))
+    share = np.mean(np.isin(np.ravel(chosen), likeliest))
     wanted = probability[likeliest].sum()
     assert abs(share - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / n_draws)
 
@@ -136,13 +128,12 @@ def test_generation_ends_at_eos(loaded: Any) -> None:
     assert ids == [tokenizer.eos]
 
 
-def test_a_prompt_longer_than_the_window_loses_its_oldest_tokens(loaded: Any) -> None:
+def test_a_prompt_longer_than_a_chunk_of_prefill_is_read_whole(loaded: Any) -> None:
     cfg, params, router_state, tokenizer = loaded
-    long = PROMPT * 20
-    kept = tokenizer.encode(long)[-cfg.data.seq_len :]
-    assert len(tokenizer.encode(long)) > cfg.data.seq_len
-    got = generate(loaded, [long], n_tokens=1)[0]
-    logits = last_logits(cfg, params, router_state, kept)[: tokenizer.vocab_size]
+    ids = tokenizer.encode(PROMPT * 60)
+    assert len(ids) > 2 * PREFILL_CHUNK
+    got = generate(loaded, [PROMPT * 60], n_tokens=1)[0]
+    logits = last_logits(cfg, params, router_state, ids)[: tokenizer.vocab_size]
     assert got == [int(np.argmax(logits))]
 
 
@@ -177,6 +168,75 @@ def test_the_program_continues_a_prompt_and_prints_its_speed() -> None:
     assert done.stderr == ""
 
 
+@pytest.fixture(scope="module")
+def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mini run as a Hugging Face directory."""
+    folder = tmp_path_factory.mktemp("public") / "hf"
+    convert.to_hf(mini.finished(), folder, dtype="fp32")
+    return folder
+
+
+def test_a_public_directory_continues_as_the_run_it_came_from(public: Path) -> None:
+    options = (f"--prompt={PROMPT}", "--tokens=8")
+    run = sample(f"--ckpt={mini.finished()}", *options)
+    same = sample(f"--ckpt={public}", *options)
+    drafted = sample(f"--ckpt={public}", *options, "--speculative")
+    texts = ["\n".join(done.stdout.splitlines()[:-1]) for done in (run, same, drafted)]
+    assert texts[0].startswith(PROMPT)
+    assert texts[0] == texts[1] == texts[2]
+    last = drafted.stdout.splitlines()[-1]
+    assert "of drafted tokens accepted" in last
+    assert "tokens a step of the main model" in last
+
+
+def test_prompts_of_a_file_are_continued_in_batches(public: Path, tmp_path: Path) -> None:
+    prompts = [PROMPT, "import os", "x = 1"]
+    (tmp_path / "prompts.txt").write_text("\n".join([*prompts, "", ""]), encoding="utf-8")
+    done = sample(
+        f"--ckpt={public}", f"--prompts-file={tmp_path / 'prompts.txt'}", "--tokens=6", "--batch=2"
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = models.open_model(public)
+    for prompt in prompts:
+        ids = decode.generate(
+            mini.config(),
+            loaded.params,
+            loaded.router_state,
+            loaded.tokenizer,
+            [prompt],
+            n_tokens=6,
+        )[0]
+        assert f">>> {prompt}\n{loaded.tokenizer.decode(ids)}\n" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("18 tokens")
+
+
+def test_a_chat_asks_for_turns_and_remembers_them(public: Path) -> None:
+    call = mini.command(
+        f"--ckpt={public}", "--chat", "--tokens=4", "--system=Be brief.", program="sample"
+    )
+    done = subprocess.run(
+        call, cwd=mini.REPO, input="Hello\nAgain\n\n", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = models.open_model(public)
+    chat = ChatTemplate(loaded.chat_template, loaded.tokenizer)
+    messages = [{"role": "system", "content": "Be brief."}]
+    answers = []
+    engine = decode.Engine(
+        loaded.model,
+        loaded.params,
+        loaded.router_state,
+        loaded.tokenizer,
+        numerics=loaded.numerics,
+    )
+    for turn in ("Hello", "Again"):
+        messages.append({"role": "user", "content": turn})
+        out, _ = engine.generate([chat.encode(messages)], max_tokens=4)
+        answers.append(loaded.tokenizer.decode(out[0].ids))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    assert done.stdout.startswith(f"> {answers[0]}\n> {answers[1]}\n> ")
+
+
 def test_a_run_directory_needs_nothing_beside_it(tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(mini.finished(), moved)
@@ -190,12 +250,15 @@ def test_a_run_directory_needs_nothing_beside_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
-        ([], 2, "--ckpt=RUN_DIRECTORY is missing"),
-        (["--ckpt=nowhere"], 1, "nowhere: no complete checkpoint here"),
-        (["--ckpt=setup.cfg"], 1, "setup.cfg: no complete checkpoint here"),
+        ([], 2, "--ckpt=DIRECTORY is missing"),
+        (["--ckpt=nowhere"], 1, "nowhere: no model here"),
+        (["--ckpt=setup.cfg"], 1, "setup.cfg: no model here"),
         (["--ckpt=nowhere", "--tokens=0"], 2, "tokens"),
         (["--ckpt=nowhere", os.fsdecode(b"--prompt=caf\xe9")], 2, "--prompt is not valid UTF-8"),
         (["--ckpt=nowhere", "--chatt"], 2, "Unknown command line flag 'chatt'"),
+        (["--ckpt=nowhere", "--top-p=1.5"], 2, "--top-p=1.5"),
+        (["--ckpt=nowhere", "--prompt=a", "--prompts-file=b"], 2, "exclude each other"),
+        (["--ckpt=nowhere", "--prompts-file=absent.txt"], 1, "absent.txt cannot be read"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], code: int, named: str) -> None:
