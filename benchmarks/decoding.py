@@ -237,7 +237,7 @@ def _theirs(
     python: str, directory: Path, batch: int, threads: int | None
 ) -> tuple[float, list[list[int]]]:
     """As `_ours`, by transformers with so many threads."""
-    numbers = map(str, (batch, PROMPT, NEW_TOKENS, 5))
+    numbers = map(str, (batch, PROMPT, NEW_TOKENS, 3))
     result = subprocess.run(
         [python, str(_HERE / "transformers_peer.py"), str(directory), *numbers],
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},

@@ -15,7 +15,7 @@ from v3jax.decode import Engine, Generation, sampling, steps
 from v3jax.decode.cache import BLOCK, Cache, new_cache, room_for
 from v3jax.decode.engine import _Row
 from v3jax.decode.forward import main_forward, mtp_forward
-from v3jax.decode.steps import BURST, PREFILL_CHUNK, Draws, State
+from v3jax.decode.steps import BURST, PREFILL_CHUNK, Draws, News, State
 from v3jax.weights import FP32
 
 N_TOKENS = 12
@@ -234,6 +234,15 @@ def test_a_burst_ends_with_its_last_row(speculative: bool) -> None:
         assert (eos in new) == (count < 4)
 
 
+def test_a_refused_draft_that_is_eos_ends_no_row() -> None:
+    one = engine(speculative=True)
+    state, draws = begun(one)
+    tokens = jnp.array([[5, 9, 0], [9, 5, 0], [5, 9, 0], [5, 5, 9]])
+    news = News(tokens, jnp.array([1, 1, 2, 2]), jnp.zeros((4, 3)))
+    after, _ = steps._append(one._static, state, replace(draws, eos=jnp.int32(9)), news)
+    assert np.asarray(after.live_B).tolist() == [True, False, False, True]
+
+
 def test_a_row_that_a_stop_text_ended_is_told_to_the_next_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -309,8 +318,8 @@ def programs() -> int:
 @both
 def test_no_request_of_as_many_rows_compiles_anything_new(speculative: bool) -> None:
     one = engine(speculative=speculative)
-    lengths = [520, 600, 777, 900, ROOM - 6]
-    one.generate(prompts(4, 550), max_tokens=6)
+    lengths = [520, 600, 777, 900, 1000]
+    one.generate(prompts(4, ROOM - 6), max_tokens=6)
     before = programs()
     for longest in lengths:
         one.generate(prompts(4, longest, seed=longest), max_tokens=6)

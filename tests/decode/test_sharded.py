@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tests.decode.small import Letters
+from tests.model import small
 from v3jax import hf
 from v3jax.config import MeshConfig
 from v3jax.decode import Engine, steps
 from v3jax.decode.cache import BLOCK
+from v3jax.decode.forward import moe
 from v3jax.sharding import ShardingRules, make_mesh
 from v3jax.weights import FP32
 
@@ -35,6 +38,22 @@ def engine() -> Engine:
         speculative=True,
         place=NamedSharding(mesh, rules.spec("batch")),
     )
+
+
+def test_experts_run_where_they_are() -> None:
+    """Few choices of many experts are looked up one by one, but for experts of other devices."""
+    model = small.config(n_experts=64)
+    params = jax.tree.map(lambda x: small.to_jax(x[0]), small.params(model)["moe_layers"]["mlp"])
+    bias = jnp.zeros(model.n_experts)
+    mesh = make_mesh(MeshConfig(data=2, node=2, expert=2))
+    place = NamedSharding(mesh, ShardingRules().spec("experts"))
+    params["experts"] = jax.device_put(params["experts"], place)
+    h_BTD = jax.device_put(jnp.ones((2, 1, model.dim)), NamedSharding(mesh, P()))
+    whole = f"[{model.n_experts},{model.dim},{2 * model.expert_ffn_dim}]"
+    for split in (True, False):
+        run = functools.partial(moe, model, FP32, split=split)
+        lowered = jax.jit(run).lower(params, {"e_score_correction_bias": bias}, h_BTD)
+        assert (whole in str(lowered.compile().as_text())) != split
 
 
 def recorded() -> tuple[list[int], list[int]]:

@@ -177,6 +177,7 @@ class Engine:
             seconds = time.perf_counter() - clock
             self._count(stats, counts_NB, seconds)
             n_run = int((counts_NB > 0).any(1).sum())
+            assert n_run, "rows ended in the steps that go on here"
             n_steps = int(np.clip(_PAUSE * n_run / seconds, 1, BURST))
         stats.generated = sum(len(row.out.ids) for row in rows)
         stats.new_tokens = stats.generated - len(rows)
