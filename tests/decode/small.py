@@ -100,19 +100,21 @@ def setup(model: ModelConfig = MODEL, *, foresight: bool = False) -> Setup:
     return Setup(model, small.to_jax(params), small.to_jax(state))
 
 
-def prompts(count: int, longest: int, vocab: int = MODEL.vocab_size, seed: int = 0) -> Any:
+def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
     """Random prompts of 1 to `longest` ids, the first and the last of these lengths included."""
     rng = np.random.default_rng(seed)
     lengths = [1, longest, *rng.integers(1, longest + 1, count)][:count]
-    return [rng.integers(0, vocab, length).tolist() for length in lengths]
+    return [rng.integers(0, MODEL.vocab_size, length).tolist() for length in lengths]
 
 
 def chi_square_is_small(counts: np.ndarray, probabilities: np.ndarray) -> bool:
     """Whether counts fit probabilities: the statistic is within 5 deviations of its mean.
 
-    Outcomes expected fewer than 5 times are taken together.
+    Outcomes expected fewer than 5 times are taken together; one that cannot be fits nothing.
     """
     counts, expected = counts.ravel(), probabilities.ravel() * counts.sum()
+    if counts[expected == 0].any():
+        return False
     rare = expected < 5
     counts = np.append(counts[~rare], counts[rare].sum())
     expected = np.append(expected[~rare], expected[rare].sum())

@@ -96,6 +96,10 @@ class Engine:
     """A model ready to generate.
 
     Args:
+      params: as training and `hf.load` have them; on a mesh, they stay split as they are.
+      numerics: `compute` is the type of the cache and of matrix products.
+      speculative: drafts with the MTP modules, as many tokens a step as there are modules.
+      absorbed: decodes over the latents as they are; False expands keys and values from them.
       place: sharding of the cache, `[rows, room, latent]`, on the mesh that the weights are on;
         None lets jax decide. Rows are padded to a multiple of its shards.
 
@@ -142,7 +146,7 @@ class Engine:
             which is rounded up to powers of two so that calls share their compiled programs.
           seed: of the draws, within 0..2^32; a row's depend on it, its place and its tokens alone.
           stop: texts that end a row; the ids that spell one are kept.
-          on_tokens: called with a row and its new ids as they come.
+          on_tokens: called with a row and its new ids as they come, some 50 ms of steps at a time.
 
         Raises:
           ValueError: no prompt, an empty one, ids outside the vocabulary, a prompt that leaves no
