@@ -153,4 +153,29 @@ def test_digest_changes_with_any_value() -> None:
 def test_mesh_counts_the_devices_of_every_axis() -> None:
     mesh = config.MeshConfig(pipe=2, data=3, node=5, expert=7)
     assert mesh.n_devices == 210
-    assert tuple(f.name for f in dataclasses.fields(mesh)) == MESH_AXES
+    assert tuple(f.name for f in dataclasses.fields(mesh))[:4] == MESH_AXES
+    assert (mesh.batch_shards, mesh.expert_shards) == (105, 35)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("mesh.data=3", r"mesh: data=3 x node=1 x expert=1 devices do not divide .*micro_batch=4"),
+        ("mesh.expert=0", "mesh.expert: must be at least 1"),
+        ("moe.dispatch_chunks=0", "moe.dispatch_chunks: must be at least 1"),
+        ("moe.bound_factor=0", "moe.bound_factor: must be positive"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(assignment: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        override(registry.get("v3_tiny"), [assignment])
+
+
+def test_a_mesh_that_does_not_divide_the_experts_names_both() -> None:
+    cfg = registry.get("v3_tiny")
+    cfg = dataclasses.replace(
+        cfg,
+        batch=dataclasses.replace(cfg.batch, micro_batch=6, start=6, end=12),
+    )
+    with pytest.raises(ValueError, match=r"mesh: node=3 x expert=2 devices do not divide .*=16"):
+        dataclasses.replace(cfg, mesh=config.MeshConfig(node=3, expert=2))

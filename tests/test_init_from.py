@@ -66,7 +66,8 @@ def test_the_weights_are_those_of_the_source_and_the_rest_is_new(sources: dict[s
 
 def test_weights_land_in_the_places_of_a_sharded_run(sources: dict[str, Path]) -> None:
     cfg = continued(sources["hf"])
-    cfg = replace(cfg, mesh=replace(cfg.mesh, data=2, expert=2, node=2))
+    batch = replace(cfg.batch, micro_batch=8, start=8, end=8)
+    cfg = replace(cfg, batch=batch, mesh=replace(cfg.mesh, data=2, expert=2, node=2))
     mesh = make_mesh(cfg.mesh)
     with jax.set_mesh(mesh):
         for form in ("run", "hf"):

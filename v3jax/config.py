@@ -125,30 +125,74 @@ class NumericsConfig:
     """Number formats: `compute` of activations and matrix products, `moments` of AdamW.
 
     Master weights, gradients, router, norms' statistics and the loss are always FP32
-    (report section 3.3).
+    (report section 3.3); `fp64` computes all of it in FP64, to compare programs to the last bits.
     """
 
-    compute: Literal["bf16", "fp32"]
+    compute: Literal["bf16", "fp32", "fp64"]
     moments: Literal["bf16", "fp32"]
     remat: Literal["none", "report", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each named mesh axis; all axes are always present (report section 3.2)."""
+    """Devices along each named mesh axis; all axes are always present (report section 3.2).
+
+    The batch is split over data, node and expert, experts over node and expert; `node` is the slow
+    network between hosts, `expert` the fast one within.
+    """
 
     pipe: int = 1
     data: int = 1
     node: int = 1
     expert: int = 1
+    storage: Literal["whole", "zero1", "fsdp"] = "zero1"
+    """Where master weights, moments and average lie. `whole`: on every device that computes with
+    them; `zero1`: split over the whole data-parallel group, weights gathered once a step; `fsdp`:
+    the same, gathered layer by layer where they are used."""
+    deterministic: bool = False
+    """Gradients are gathered and added in the devices' order, so that no network's own order of
+    addition shows in the last bits; slower."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _require(getattr(self, field.name) >= 1, f"mesh.{field.name}", "must be at least 1")
+        for axis in ("pipe", "data", "node", "expert"):
+            _require(getattr(self, axis) >= 1, f"mesh.{axis}", "must be at least 1")
 
     @property
     def n_devices(self) -> int:
         return self.pipe * self.data * self.node * self.expert
+
+    @property
+    def batch_shards(self) -> int:
+        return self.data * self.node * self.expert
+
+    @property
+    def expert_shards(self) -> int:
+        return self.node * self.expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """How tokens travel to their experts and back (report section 3.2.2).
+
+    `bound_factor`: receive buffers hold so many times the rows of a balanced batch; what does not
+    fit takes extra passes, and nothing is dropped. `dispatch_chunks` splits a device's tokens, so
+    that the exchange of one part can overlap the experts of another. `capacity_factor` drops
+    choices beyond that many times an expert's even share of a device's tokens: for comparison
+    only, None (never) in the report.
+    """
+
+    bound_factor: float = 2.0
+    dispatch_chunks: int = 1
+    capacity_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.bound_factor > 0, "moe.bound_factor", "must be positive")
+        _require(self.dispatch_chunks >= 1, "moe.dispatch_chunks", "must be at least 1")
+        _require(
+            self.capacity_factor is None or self.capacity_factor > 0,
+            "moe.capacity_factor",
+            "must be positive, or None to drop nothing",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,6 +357,7 @@ class ExperimentConfig:
     balance: BalanceConfig
     mtp_weight: Schedule
     run: RunConfig
+    moe: MoEConfig = MoEConfig()
     init_from: str | None = None
     """Weights the run starts from: a run directory, a Hugging Face directory or a conversion."""
     checkpoint_format: int = CHECKPOINT_FORMAT
@@ -328,6 +373,19 @@ class ExperimentConfig:
             self.model.mtp_depth < self.data.seq_len,
             "model.mtp_depth",
             f"must be smaller than data.seq_len={self.data.seq_len}",
+        )
+        mesh = self.mesh
+        _require(
+            self.batch.micro_batch % mesh.batch_shards == 0,
+            "mesh",
+            f"data={mesh.data} x node={mesh.node} x expert={mesh.expert} devices do not divide "
+            f"batch.micro_batch={self.batch.micro_batch} sequences",
+        )
+        _require(
+            self.model.n_experts % mesh.expert_shards == 0,
+            "mesh",
+            f"node={mesh.node} x expert={mesh.expert} devices do not divide "
+            f"model.n_experts={self.model.n_experts}",
         )
         _require(
             self.checkpoint_format == CHECKPOINT_FORMAT,
@@ -382,11 +440,14 @@ def from_text(text: str) -> ExperimentConfig:
 def _unflatten(cls: type, flat: dict[str, Any], prefix: str) -> Any:
     """The config of type `cls` whose fields lie below `prefix`."""
     values = {}
+    optional = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
     for name, hint in typing.get_type_hints(cls).items():
         path = f"{prefix}{name}"
         if path in flat:
             values[name] = flat[path]
             continue
+        if name in optional and not any(k.startswith(f"{path}.") for k in flat):
+            continue  # a field that is younger than the text
         options = (hint, *typing.get_args(hint))
         kinds = [h for h in options if isinstance(h, type) and dataclasses.is_dataclass(h)]
         if not kinds or not any(k.startswith(f"{path}.") for k in flat):

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from v3jax.config import ExperimentConfig
-from v3jax.model.transformer import Output, Transformer
+from v3jax.model.transformer import Output, Transformer, head_weight
 from v3jax.ops.loss import linear_cross_entropy
-from v3jax.sharding import ShardingRules
+from v3jax.sharding import ShardingRules, rules_of
 
 
 @struct.dataclass
@@ -41,11 +41,17 @@ class LossParts:
     """Sequence-wise balance loss summed over layers, times alpha."""
     load_LE: jax.Array
     """Tokens sent to each expert, int32; MTP's routers last."""
+    overload: jax.Array
+    """Rows of the fullest device over the mean, averaged over layers and sequences."""
+    extra_passes: jax.Array
+    """Passes beyond the first that tokens took to their experts, int32, summed over layers."""
+    dropped: jax.Array
+    """Choices dropped in capacity mode, int32, summed over layers."""
 
 
 def make_model(cfg: ExperimentConfig, rules: ShardingRules | None = None) -> Transformer:
     """The network of an experiment."""
-    return Transformer(cfg.model, cfg.numerics, rules or ShardingRules())
+    return Transformer(cfg.model, cfg.numerics, rules or rules_of(cfg))
 
 
 def apply_model(
@@ -121,7 +127,7 @@ def loss(
     factors = [jnp.ones(())] + [scale.mtp_weight / depth] * depth
     total, nll = linear_cross_entropy(
         jnp.concatenate([out.hidden_BTD, *out.mtp_hidden], axis=1),
-        params["lm_head"],
+        head_weight(cfg.model, params, rules or rules_of(cfg)),
         jnp.concatenate(targets, axis=1),
         jnp.concatenate([w * f for w, f in zip(weights, factors, strict=True)], axis=1),
     )
@@ -130,13 +136,21 @@ def loss(
         for w, n in zip(weights, jnp.split(nll, depth + 1, axis=1), strict=True)
     ]
     balance = balance_alpha(cfg) * out.stats.balance_loss.sum() / scale.n_sequences
+    exchange = out.stats.exchange
     parts = LossParts(
         main=nlls[0],
         mtp=sum(nlls[1:], start=jnp.zeros(())) / max(depth, 1),
         balance=balance,
         load_LE=out.stats.load_E,
+        overload=_mean(exchange.overload) * tokens_BS.shape[0] / scale.n_sequences,
+        extra_passes=exchange.extra_passes.sum(),
+        dropped=exchange.dropped.sum(),
     )
     return total + balance, parts
+
+
+def _mean(x_L: jax.Array) -> jax.Array:
+    return x_L.sum() / max(x_L.shape[0], 1)
 
 
 def _mtp_mask(segments_BS: jax.Array, depth: int, isolate_documents: bool) -> jax.Array:

@@ -2,28 +2,44 @@
 
 The mesh always has the axes `pipe, data, node, expert`, of size 1 when unused. The batch lives on
 `(data, node, expert)`, experts on `(node, expert)` (report sections 2.1.2 and 3.2).
+
+A parameter is computed with where the table says and may be stored in smaller parts: `zero1` and
+`fsdp` split what the table leaves whole over the rest of the batch's axes (ZeRO, report section
+3.2). `stored` says how, `gather` and `reduce` go between the two inside `jax.shard_map`.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from v3jax.config import MeshConfig
+from v3jax.config import ExperimentConfig, MeshConfig, MoEConfig
 
 MESH_AXES = ("pipe", "data", "node", "expert")
+BATCH_AXES = ("data", "node", "expert")
 MeshAxis = str | tuple[str, ...] | None
+
+_DROPLESS = MoEConfig()
+
+_SMALL = 2**14
+"""Parameters below so many elements are stored whole: gathering them would cost more (ours)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-    """Which mesh axis each logical axis is split over; None keeps it whole."""
+    """Which mesh axis each logical axis is split over (None keeps it whole), and how parameters
+    are stored and tokens travel."""
 
-    batch: MeshAxis = ("data", "node", "expert")
+    batch: MeshAxis = BATCH_AXES
     seq: MeshAxis = None
     embed: MeshAxis = None
     vocab: MeshAxis = None
@@ -32,6 +48,11 @@ class ShardingRules:
     ffn: MeshAxis = None
     experts: MeshAxis = ("node", "expert")
     layers: MeshAxis = None
+    storage: Literal["whole", "zero1", "fsdp"] = "whole"
+    """As `MeshConfig.storage`."""
+    deterministic: bool = False
+    """As `MeshConfig.deterministic`."""
+    moe: MoEConfig = _DROPLESS
 
     def spec(self, *logical: str | None) -> P:
         """The PartitionSpec of an array whose dimensions carry these logical names.
@@ -39,7 +60,7 @@ class ShardingRules:
         Raises:
           ValueError: an unknown name, or one mesh axis on two dimensions.
         """
-        known = {f.name for f in fields(self)}
+        known = {f.name for f in fields(self)} - {"storage", "deterministic", "moe"}
         for name in logical:
             if name is not None and name not in known:
                 raise ValueError(
@@ -56,21 +77,74 @@ class ShardingRules:
         return nn.with_partitioning(initializer, tuple(self.spec(*logical)))
 
 
+def rules_of(cfg: ExperimentConfig) -> ShardingRules:
+    """The rule set that an experiment names."""
+    return ShardingRules(
+        storage=cfg.mesh.storage, deterministic=cfg.mesh.deterministic, moe=cfg.moe
+    )
+
+
+# ---- Meshes
+
+
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of real devices with the axes of `MESH_AXES`.
 
+    Devices of one host (or one TPU slice) fill `expert` first, then `node`, so that only the outer
+    axes cross the slow network; on a TPU the order within a slice follows its torus.
+
     Raises:
-      ValueError: the machine has fewer devices than the config asks for.
+      ValueError: the machine has fewer devices than the config asks for, several processes do not
+        use all of theirs, or hosts do not divide the mesh's axes.
     """
     devices = jax.devices() if devices is None else devices
     if len(devices) < cfg.n_devices:
         raise ValueError(
             f"mesh: needs {cfg.n_devices} devices, found {len(devices)}; set mesh.* to fit"
         )
+    if len(devices) > cfg.n_devices and len({d.process_index for d in devices}) > 1:
+        raise ValueError(
+            f"mesh: pipe={cfg.pipe} x data={cfg.data} x node={cfg.node} x expert={cfg.expert} uses "
+            f"{cfg.n_devices} of the processes' {len(devices)} devices; set mesh.* to use all"
+        )
     shape = tuple(getattr(cfg, axis) for axis in MESH_AXES)
-    return jax.make_mesh(
-        shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices[: cfg.n_devices]
+    grid = _ordered(shape, list(devices[: cfg.n_devices]))
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _ordered(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """The devices as an array of the mesh's shape, fast networks on the last axes."""
+    key = "slice_index" if getattr(devices[0], "slice_index", None) is not None else "process_index"
+    groups = len({getattr(d, key) for d in devices})
+    if groups == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    outer = _outer_shape(shape, groups, "slices" if key == "slice_index" else "processes")
+    inner = tuple(size // out for size, out in zip(shape, outer, strict=True))
+    if devices[0].platform != "tpu":  # no torus: by process, then by number
+        by_group = sorted(devices, key=lambda d: (getattr(d, key), d.id))
+        grid = np.array(by_group, dtype=object).reshape(*outer, *inner)
+        order = [axis for pair in zip(range(4), range(4, 8), strict=True) for axis in pair]
+        return grid.transpose(order).reshape(shape)
+    return mesh_utils.create_hybrid_device_mesh(
+        inner,
+        outer,
+        devices,
+        process_is_granule=key == "process_index",
+        allow_split_physical_axes=True,
     )
+
+
+def _outer_shape(shape: tuple[int, ...], groups: int, what: str) -> tuple[int, ...]:
+    """How many `groups` each axis spans, filled from the outermost axis inwards."""
+    outer, left = [], groups
+    for size in shape:
+        share = math.gcd(size, left)
+        outer.append(share)
+        left //= share
+    if left > 1:
+        sizes = ", ".join(f"{a}={n}" for a, n in zip(MESH_AXES, shape, strict=True))
+        raise ValueError(f"mesh: {groups} {what} do not divide the axes {sizes}; set mesh.* to fit")
+    return tuple(outer)
 
 
 def abstract_mesh(cfg: MeshConfig) -> AbstractMesh:
@@ -79,23 +153,176 @@ def abstract_mesh(cfg: MeshConfig) -> AbstractMesh:
     return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
+def manual_axes() -> frozenset[str]:
+    """The mesh axes over which the code being traced is one device's program."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+# ---- Where arrays live
+
+
 def specs(boxed: Any) -> Any:
     """PartitionSpecs of a tree that `Module.init` made, with the tree's structure unboxed."""
     return nn.get_partition_spec(boxed)
 
 
 def unbox(boxed: Any) -> Any:
-    """The arrays of a tree that `Module.init` made."""
-    return nn.unbox(boxed)
+    """The arrays, or shapes, of a tree that `Module.init` made; nothing is moved."""
+
+    def is_box(leaf: Any) -> bool:
+        return isinstance(leaf, nn.Partitioned)
+
+    return jax.tree.map(lambda leaf: leaf.value if is_box(leaf) else leaf, boxed, is_leaf=is_box)
 
 
 def shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """NamedShardings of a tree that `Module.init` made."""
+    """NamedShardings of a tree that `Module.init` made, where it is computed with."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(boxed))
 
 
+def storage_specs(boxed: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Any:
+    """PartitionSpecs of where a tree that `Module.init` made is stored.
+
+    Raises:
+      ValueError: a mesh axis does not divide the dimension that the rules put it on.
+    """
+    sizes = dict(mesh.shape)
+
+    def place(path: Any, spec: P, leaf: Any) -> P:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        _check_divides(name, spec, leaf.shape, sizes)
+        return stored(spec, leaf.shape, sizes, rules, stacked=is_stacked(path))
+
+    return jax.tree_util.tree_map_with_path(place, specs(boxed), unbox(boxed))
+
+
+def is_stacked(path: Any) -> bool:
+    """Whether the parameter at a tree path has a leading axis of layers."""
+    return jax.tree_util.keystr(path[:1], simple=True).endswith("_layers")
+
+
+def stored(
+    spec: P,
+    shape: tuple[int, ...],
+    sizes: Mapping[str, int],
+    rules: ShardingRules,
+    *,
+    stacked: bool,
+) -> P:
+    """Where a parameter of this compute spec is stored on a mesh of these axis sizes.
+
+    The batch's axes that `spec` leaves free go on the largest whole dimension they divide, the
+    axis of stacked layers excepted; if none is divided, fewer of the axes.
+    """
+    if rules.storage == "whole":
+        return spec
+    axes = (*spec, *[None] * (len(shape) - len(spec)))
+    used = set(jax.tree.leaves(axes))
+    free = tuple(a for a in BATCH_AXES if a not in used and sizes[a] > 1)
+    if math.prod(shape[stacked:]) < _SMALL:
+        return spec
+    for start in range(len(free)):
+        extra = free[start:]
+        parts = math.prod(sizes[a] for a in extra)
+        fits = [
+            d for d in range(int(stacked), len(shape)) if axes[d] is None and shape[d] % parts == 0
+        ]
+        if fits:
+            best = max(fits, key=lambda d: shape[d])
+            return P(*axes[:best], extra, *axes[best + 1 :])
+    return spec
+
+
+def _check_divides(name: str, spec: P, shape: tuple[int, ...], sizes: Mapping[str, int]) -> None:
+    for size, axes in zip(shape, spec, strict=False):
+        parts = math.prod(sizes[a] for a in jax.tree.leaves(axes))
+        if size % parts:
+            of = " x ".join(f"{a}={sizes[a]}" for a in jax.tree.leaves(axes))
+            raise ValueError(f"mesh: {of} devices do not divide {name} of {list(shape)} at {size}")
+
+
 def constrain(x: jax.Array, rules: ShardingRules, *logical: str | None) -> jax.Array:
-    """Pins `x` to where its logical axes live on the mesh of `jax.set_mesh`; no-op without one."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins `x` to where its logical axes live on the mesh of `jax.set_mesh`; no-op without one.
+
+    Inside `jax.shard_map` a device has only its own part and there is nothing to pin.
+    """
+    if jax.sharding.get_abstract_mesh().empty or manual_axes():
         return x
     return jax.lax.with_sharding_constraint(x, rules.spec(*logical))
+
+
+# ---- Between storage and computation, inside `jax.shard_map`
+
+
+def _added(spec: P, place: P) -> tuple[int, tuple[str, ...]] | None:
+    """The dimension that storage splits beyond `spec`, and over which axes."""
+    for d, axes in enumerate(place):
+        if axes is not None and (d >= len(spec) or spec[d] is None):
+            return d, axes if isinstance(axes, tuple) else (axes,)
+    return None
+
+
+def gather(x: jax.Array, spec: P, place: P, rules: ShardingRules) -> jax.Array:
+    """A stored part made whole as far as `spec` asks; its gradient is added up and split again."""
+    added = _added(spec, place)
+    return x if added is None else _gather(x, *added, rules.deterministic)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: jax.Array, dim: int, axes: tuple[str, ...], deterministic: bool) -> jax.Array:
+    return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def _gather_fwd(
+    x: jax.Array, dim: int, axes: tuple[str, ...], deterministic: bool
+) -> tuple[jax.Array, None]:
+    return _gather(x, dim, axes, deterministic), None
+
+
+def _gather_bwd(
+    dim: int, axes: tuple[str, ...], deterministic: bool, _: None, dout: jax.Array
+) -> tuple[jax.Array]:
+    return (_reduce_scatter(dout, dim, axes, deterministic),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def reduce(gradient: jax.Array, spec: P, place: P, rules: ShardingRules) -> jax.Array:
+    """One device's gradient of a parameter added up over the batch's axes, the stored part of it.
+
+    `gradient` has the shape that `spec` says. Axes on which the parameter itself is split hold
+    other parameters, not other parts of the batch.
+    """
+    added = _added(spec, place)
+    axes: tuple[str, ...] = ()
+    if added is not None:
+        dim, axes = added
+        gradient = _reduce_scatter(gradient, dim, axes, rules.deterministic)
+    held = (*jax.tree.leaves(tuple(spec)), *axes)
+    return add_up(gradient, tuple(a for a in BATCH_AXES if a not in held), rules)
+
+
+def _reduce_scatter(
+    x: jax.Array, dim: int, axes: tuple[str, ...], deterministic: bool
+) -> jax.Array:
+    if not deterministic:
+        return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+    parts = jax.lax.axis_size(axes)
+    split = jnp.moveaxis(x.reshape(*x.shape[:dim], parts, -1, *x.shape[dim + 1 :]), dim, 0)
+    mine = jax.lax.all_to_all(split, axes, split_axis=0, concat_axis=0)
+    return _in_order(mine)
+
+
+def add_up(x: jax.Array, axes: tuple[str, ...], rules: ShardingRules) -> jax.Array:
+    """The sum over devices along `axes`, in the devices' order if the rules ask for it."""
+    if not axes:
+        return x
+    if not rules.deterministic or jnp.issubdtype(x.dtype, jnp.integer):
+        return jax.lax.psum(x, axes)
+    return _in_order(jax.lax.all_gather(x, axes))
+
+
+def _in_order(parts: jax.Array) -> jax.Array:
+    """The sum over the first axis, first to last."""
+    return jax.lax.fori_loop(1, parts.shape[0], lambda i, total: total + parts[i], parts[0])

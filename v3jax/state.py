@@ -17,7 +17,7 @@ from v3jax import sharding
 from v3jax.config import ExperimentConfig
 from v3jax.objective import make_model
 from v3jax.optim.adamw import adamw
-from v3jax.sharding import ShardingRules
+from v3jax.sharding import ShardingRules, rules_of
 
 
 @struct.dataclass
@@ -80,11 +80,32 @@ def abstract_state(
 def state_shardings(
     cfg: ExperimentConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules | None = None
 ) -> TrainState:
-    """A state of NamedShardings: moments and average live where their parameter lives."""
+    """A state of NamedShardings, as `state_specs`."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), state_specs(cfg, mesh, rules or rules_of(cfg))
+    )
+
+
+def param_specs(
+    cfg: ExperimentConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules
+) -> tuple[Any, Any]:
+    """PartitionSpecs of the parameters: where they are computed with, where they are stored."""
+    boxed = jax.eval_shape(lambda: _variables(cfg, rules))["params"]
+    return sharding.specs(boxed), sharding.storage_specs(boxed, mesh, rules)
+
+
+def state_specs(
+    cfg: ExperimentConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules
+) -> TrainState:
+    """A state of PartitionSpecs: moments and average are stored where their parameter is.
+
+    Raises:
+      ValueError: a mesh axis does not divide a parameter that the rules put on it.
+    """
     variables = jax.eval_shape(lambda: _variables(cfg, rules))
-    params = sharding.shardings(variables["params"], mesh)
-    router_state = sharding.shardings(variables.get("router_state", {}), mesh)
-    whole: Any = NamedSharding(mesh, P())
+    params = param_specs(cfg, mesh, rules)[1]
+    router_state = sharding.specs(variables.get("router_state", {}))
+    whole: Any = P()
     shapes = jax.eval_shape(
         lambda: adamw(cfg.optim, cfg.numerics.moments).init(sharding.unbox(variables["params"]))
     )

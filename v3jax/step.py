@@ -6,6 +6,9 @@ L MoE layers (MTP modules last), E experts.
 """
 
 import dataclasses
+import functools
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,15 +17,15 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from v3jax import objective
+from v3jax import objective, sharding
 from v3jax.config import ExperimentConfig
 from v3jax.objective import LossParts, Scale
 from v3jax.optim.adamw import adamw
 from v3jax.optim.ema import update_ema
 from v3jax.optim.router_bias import max_violation, update_bias
 from v3jax.optim.schedules import learning_rate, piecewise, tokens_of
-from v3jax.sharding import ShardingRules, constrain
-from v3jax.state import TrainState, layer_biases, state_shardings, with_layer_biases
+from v3jax.sharding import BATCH_AXES, ShardingRules, rules_of
+from v3jax.state import TrainState, layer_biases, param_specs, state_specs, with_layer_biases
 
 Metrics = dict[str, jax.Array]
 
@@ -39,17 +42,21 @@ def make_train_step(
     finite, which changes nothing but `bad_steps`. With a mesh, call it under `jax.set_mesh(mesh)`;
     the new state is pinned to where the old one lives.
     """
-    rules = rules or ShardingRules()
-
-    def step(
-        state: TrainState, tokens_MBS: jax.Array, segments_MBS: jax.Array, n_micro: jax.Array
-    ) -> tuple[TrainState, Metrics]:
-        return train_step(cfg, rules, state, tokens_MBS, segments_MBS, n_micro)
-
+    rules = rules or rules_of(cfg)
+    step = functools.partial(train_step, cfg, Parallel.over(cfg, mesh, rules))
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
-    places = (state_shardings(cfg, mesh, rules), NamedSharding(mesh, P()))
-    return jax.jit(step, donate_argnums=0, out_shardings=places)
+    places = state_specs(cfg, mesh, rules)
+    batch = P(None, BATCH_AXES)
+    manual = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(places, batch, batch, P()),
+        out_specs=(places, P()),
+        check_vma=False,
+    )
+    pinned = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (places, P()))
+    return jax.jit(manual, donate_argnums=0, out_shardings=pinned)
 
 
 def make_eval_step(cfg: ExperimentConfig, rules: ShardingRules | None = None) -> Any:
@@ -59,32 +66,98 @@ def make_eval_step(cfg: ExperimentConfig, rules: ShardingRules | None = None) ->
     )
 
 
+@dataclass(frozen=True)
+class Parallel:
+    """What one device's program does together with the others; alone, each is the identity."""
+
+    rules: ShardingRules
+    specs: Any = None
+    """Where each parameter is computed with; None: on one device."""
+    places: Any = None
+    """Where each parameter is stored."""
+    shards: int = 1
+    """Parts of the batch."""
+
+    @classmethod
+    def over(
+        cls, cfg: ExperimentConfig, mesh: Mesh | AbstractMesh | None, rules: ShardingRules
+    ) -> "Parallel":
+        """For a device of `mesh`."""
+        if mesh is None:
+            return cls(rules)
+        specs, places = param_specs(cfg, mesh, rules)
+        return cls(rules, specs, places, math.prod(mesh.shape[a] for a in BATCH_AXES))
+
+    def gather(self, params: Any) -> Any:
+        """The parameters to compute with; `fsdp` gathers them later, where they are used."""
+        if self.specs is None or self.rules.storage == "fsdp":
+            return params
+        return jax.tree.map(
+            lambda p, spec, place: sharding.gather(p, spec, place, self.rules),
+            params,
+            self.specs,
+            self.places,
+        )
+
+    def reduce(self, gradients: Any) -> Any:
+        """Gradients of the whole batch, as the parameters are stored."""
+        if self.specs is None:
+            return gradients
+        at = self.places if self.rules.storage == "fsdp" else self.specs
+        return jax.tree.map(
+            lambda g, spec, place: sharding.reduce(g, spec, place, self.rules),
+            gradients,
+            at,
+            self.places,
+        )
+
+    def total(self, tree: Any, axes: tuple[str, ...] = BATCH_AXES) -> Any:
+        """Sums over the parts of the batch."""
+        if self.specs is None:
+            return tree
+        return jax.tree.map(lambda x: sharding.add_up(x, axes, self.rules), tree)
+
+    def norm(self, gradients: Any) -> jax.Array:
+        """The global norm of reduced gradients."""
+        if self.specs is None:
+            return optax.tree.norm(gradients)
+        squares: dict[tuple[str, ...], jax.Array] = {}
+        for g, place in zip(jax.tree.leaves(gradients), jax.tree.leaves(self.places), strict=True):
+            held = set(jax.tree.leaves(tuple(place)))
+            axes = tuple(a for a in BATCH_AXES if a in held)
+            squares[axes] = squares.get(axes, jnp.zeros((), g.dtype)) + jnp.sum(jnp.square(g))
+        return jnp.sqrt(sum(self.total(x, axes) for axes, x in squares.items()))
+
+
 def train_step(
     cfg: ExperimentConfig,
-    rules: ShardingRules,
+    parallel: Parallel,
     state: TrainState,
     tokens_MBS: jax.Array,
     segments_MBS: jax.Array,
     n_micro: jax.Array,
 ) -> tuple[TrainState, Metrics]:
-    """The step as a pure function; see `make_train_step`."""
+    """The step as one device's program: its rows, and its part of the state; see
+    `make_train_step`."""
     tokens = tokens_of(state.sequences, cfg.data.seq_len)
     lr = learning_rate(cfg.optim)(state.step, tokens)
     mtp_weight = piecewise(cfg.mtp_weight)(tokens)
     bias_speed = _bias_speed(cfg, tokens)
 
-    scale = _scale(cfg, segments_MBS, n_micro, mtp_weight)
-    gradients, parts = _accumulate(cfg, rules, state, tokens_MBS, segments_MBS, n_micro, scale)
-    grad_norm = optax.tree.norm(gradients)
+    scale = _scale(cfg, parallel, segments_MBS, n_micro, mtp_weight)
+    gradients, parts = _accumulate(cfg, parallel, state, tokens_MBS, segments_MBS, n_micro, scale)
+    gradients, passes = parallel.reduce(gradients), parallel.total(parts.extra_passes, ("data",))
+    parts = dataclasses.replace(parallel.total(parts), extra_passes=passes)
+    grad_norm = parallel.norm(gradients)
     committed = jnp.isfinite(parts.main + parts.mtp + parts.balance) & jnp.isfinite(grad_norm)
 
     direction, opt_state = adamw(cfg.optim, cfg.numerics.moments).update(
-        gradients, state.opt_state, state.params
+        gradients, state.opt_state, state.params, grad_norm=grad_norm
     )
     params = jax.tree.map(lambda p, d: p - lr * d, state.params, direction)
     new = TrainState(
         step=state.step + 1,
-        sequences=state.sequences + (n_micro * tokens_MBS.shape[1]).astype(jnp.uint32),
+        sequences=state.sequences + scale.n_sequences.astype(jnp.uint32),
         bad_steps=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=opt_state,
@@ -109,6 +182,9 @@ def train_step(
         "step": new.step,
         "sequences": new.sequences,
         "load_LE": parts.load_LE,
+        "rank_overload": parts.overload,
+        "extra_passes": parts.extra_passes,
+        "dropped_choices": parts.dropped,
     }
     return new, metrics
 
@@ -127,39 +203,42 @@ def _moved_biases(router_state: Any, load_LE: jax.Array, speed: jax.Array) -> An
 
 
 def _scale(
-    cfg: ExperimentConfig, segments_MBS: jax.Array, n_micro: jax.Array, mtp_weight: jax.Array
+    cfg: ExperimentConfig,
+    parallel: Parallel,
+    segments_MBS: jax.Array,
+    n_micro: jax.Array,
+    mtp_weight: jax.Array,
 ) -> Scale:
     """Divisors of the whole batch: its targets and sequences over the micro-batches in use."""
     mask_MBT = objective.target_mask(segments_MBS, isolate_documents=cfg.data.isolate_documents)
     used_M = jnp.arange(segments_MBS.shape[0]) < n_micro
-    n_targets = jnp.sum(mask_MBT & used_M[:, None, None], dtype=jnp.int32)
+    n_targets = parallel.total(jnp.sum(mask_MBT & used_M[:, None, None], dtype=jnp.int32))
     return Scale(
         n_targets=jnp.maximum(n_targets, 1).astype(jnp.float32),
-        n_sequences=(n_micro * segments_MBS.shape[1]).astype(jnp.float32),
+        n_sequences=(n_micro * segments_MBS.shape[1] * parallel.shards).astype(jnp.float32),
         mtp_weight=mtp_weight,
     )
 
 
 def _accumulate(
     cfg: ExperimentConfig,
-    rules: ShardingRules,
+    parallel: Parallel,
     state: TrainState,
     tokens_MBS: jax.Array,
     segments_MBS: jax.Array,
     n_micro: jax.Array,
     scale: Scale,
 ) -> tuple[Any, LossParts]:
-    """FP32 gradients and loss parts summed over the first `n_micro` micro-batches."""
+    """This device's FP32 gradients and loss parts over the first `n_micro` micro-batches."""
+    params = parallel.gather(state.params)
 
     def one(m: jax.Array) -> tuple[Any, LossParts]:
-        tokens_BS = constrain(tokens_MBS[m], rules, "batch", None)
-        segments_BS = constrain(segments_MBS[m], rules, "batch", None)
         (_, parts), gradients = jax.value_and_grad(
             lambda p: objective.loss(
-                cfg, p, state.router_state, tokens_BS, segments_BS, scale, rules
+                cfg, p, state.router_state, tokens_MBS[m], segments_MBS[m], scale, parallel.rules
             ),
             has_aux=True,
-        )(state.params)
+        )(params)
         return gradients, parts
 
     if tokens_MBS.shape[0] == 1:

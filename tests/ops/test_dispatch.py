@@ -38,14 +38,16 @@ def test_every_choice_has_its_own_row_in_a_block_of_its_expert(
     layout = ops.make_layout(jnp.asarray(chosen), 8, block)
     rows = np.asarray(layout.row_TK)
     assert len(set(rows.ravel())) == chosen.size
-    np.testing.assert_array_equal(np.asarray(layout.expert_M)[rows // layout.block], chosen)
+    np.testing.assert_array_equal(
+        np.asarray(layout.blocks.expert_M)[rows // layout.blocks.block], chosen
+    )
     np.testing.assert_array_equal(
         np.asarray(layout.token_N)[rows], np.arange(37)[:, None].repeat(3, 1)
     )
     np.testing.assert_array_equal(
         np.asarray(layout.choice_N)[rows], np.arange(chosen.size).reshape(chosen.shape)
     )
-    assert rows.max() < int(layout.n_used) * layout.block
+    assert rows.max() < int(layout.blocks.n_used) * layout.blocks.block
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -56,8 +58,8 @@ def test_rows_without_a_token_are_marked_and_blocks_in_use_are_the_fewest(patter
     assert (tokens < 37).sum() == chosen.size
     assert (tokens[np.asarray(layout.choice_N) == chosen.size] == 37).all()
     load = np.bincount(chosen.ravel(), minlength=8)
-    assert int(layout.n_used) == np.ceil(load / 8).sum()
-    assert (np.diff(np.asarray(layout.expert_M)) >= 0).all()
+    assert int(layout.blocks.n_used) == np.ceil(load / 8).sum()
+    assert (np.diff(np.asarray(layout.blocks.expert_M)) >= 0).all()
 
 
 def test_rows_grow_with_tokens_not_with_tokens_times_experts() -> None:
@@ -65,7 +67,7 @@ def test_rows_grow_with_tokens_not_with_tokens_times_experts() -> None:
         chosen = jnp.zeros((512, 4), jnp.int32) + jnp.arange(4)
         layout = ops.make_layout(chosen, n_experts)
         n_rows = layout.token_N.shape[0]
-        assert n_rows <= 512 * 4 + n_experts * layout.block
+        assert n_rows <= 512 * 4 + n_experts * layout.blocks.block
         assert n_rows <= 2 * 512 * 4
 
 
@@ -88,9 +90,9 @@ def mixture(
 ) -> jax.Array:
     """Dispatch, two grouped products, gate, combine: what the layer does with the pieces."""
     layout = ops.make_layout(chosen, gate_up.shape[0])
-    hidden = gemm.grouped_matmul(ops.dispatch(x, layout), gate_up, layout)
+    hidden = gemm.grouped_matmul(ops.dispatch(x, layout), gate_up, layout.blocks)
     gate, up = jnp.split(hidden, 2, axis=-1)
-    rows = gemm.grouped_matmul(jax.nn.silu(gate) * up, down, layout)
+    rows = gemm.grouped_matmul(jax.nn.silu(gate) * up, down, layout.blocks)
     return ops.combine(rows * ops.dispatch_gates(gates, layout)[:, None], layout)
 
 

@@ -144,7 +144,7 @@ def test_moments_take_two_bytes_each() -> None:
 
 def test_stored_moments_round_halves_to_even() -> None:
     ulp = 2.0**-7  # of BF16 just above 1
-    tx = scale_by_adam(0.5, 0.5, 1e-8, jnp.bfloat16)
+    tx = scale_by_adam(0.5, 0.5, 1e-8, "bf16")
     mu = jnp.asarray([1, 1 + ulp], jnp.bfloat16)
     g = jnp.asarray([1 + ulp, 1 + 2 * ulp])  # averages lie halfway between two codes
     state = optax.ScaleByAdamState(jnp.asarray(3), {"w": mu}, {"w": mu})

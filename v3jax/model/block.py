@@ -22,6 +22,7 @@ KEPT_BY_REPORT = (
     "attention_lse",
     "attention_residual",
     "router_logits",
+    "dispatched",  # or it would travel again
     "gate_up",
 )
 

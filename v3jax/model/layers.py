@@ -4,6 +4,8 @@ Parameters carry the names of the public checkpoint; matrices are stored `[in, o
 cast to the compute type at use. Dims: D features, F hidden width.
 """
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,12 +13,30 @@ from jax.ad_checkpoint import checkpoint_name
 
 from v3jax.config import ModelConfig, NumericsConfig
 from v3jax.ops.norm import swiglu
-from v3jax.sharding import ShardingRules
+from v3jax.sharding import ShardingRules, gather, manual_axes, stored
 
 
 def compute_dtype(numerics: NumericsConfig) -> jnp.dtype:
     """The type of activations and of the operands of matrix products."""
-    return jnp.dtype({"bf16": jnp.bfloat16, "fp32": jnp.float32}[numerics.compute])
+    return jnp.dtype(
+        {"bf16": jnp.bfloat16, "fp32": jnp.float32, "fp64": jnp.float64}[numerics.compute]
+    )
+
+
+def master_dtype(numerics: NumericsConfig) -> jnp.dtype:
+    """The type of parameters, gradients and sums."""
+    return jnp.promote_types(compute_dtype(numerics), jnp.float32)
+
+
+def whole(
+    value: jax.Array, shape: tuple[int, ...], rules: ShardingRules, *axes: str | None
+) -> jax.Array:
+    """Gathers what a device holds of a parameter of this shape and logical axes under `fsdp`."""
+    if rules.storage != "fsdp" or not manual_axes():
+        return value
+    spec = rules.spec(*axes)
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return gather(value, spec, stored(spec, shape, sizes, rules, stacked=False), rules)
 
 
 class Module(nn.Module):
@@ -26,15 +46,28 @@ class Module(nn.Module):
     numerics: NumericsConfig
     rules: ShardingRules
 
+    def parameter(
+        self, name: str, init: Any, shape: tuple[int, ...], *axes: str | None
+    ) -> jax.Array:
+        """A parameter of the master type, of which a device's program may hold a part.
+
+        Inside `jax.shard_map` its experts are the device's own, and what `fsdp` stores in parts is
+        gathered here.
+        """
+        if self.is_initializing() or not manual_axes():
+            dtype = master_dtype(self.numerics)
+            return self.param(name, self.rules.init(init, *axes), shape, dtype)
+        value = cast(jax.Array, self.get_variable("params", name))  # flax would ask for the whole
+        return whole(value, shape, self.rules, *axes)
+
     def matrix(self, name: str, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
         """A weight drawn from a normal of `init_std` (report section 4.2), in the compute type."""
         init = nn.initializers.normal(self.cfg.init_std)
-        weight = self.param(name, self.rules.init(init, *axes), shape, jnp.float32)
-        return weight.astype(compute_dtype(self.numerics))
+        return self.parameter(name, init, shape, *axes).astype(compute_dtype(self.numerics))
 
     def norm_weight(self, name: str, dim: int) -> jax.Array:
         """The weight of an RMSNorm, ones at the start, FP32."""
-        return self.param(name, self.rules.init(nn.initializers.ones, None), (dim,), jnp.float32)
+        return self.parameter(name, nn.initializers.ones, (dim,), None)
 
 
 class FeedForward(Module):

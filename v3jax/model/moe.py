@@ -5,18 +5,27 @@ but neither its output nor a second copy of it has to be kept for the gradient.
 Dims: B batch, T time, N = B T tokens, D model, E experts, K experts of a token, F expert width.
 """
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from v3jax.model.layers import FeedForward, Module
 from v3jax.ops import routing
-from v3jax.ops.dispatch import combine, dispatch, dispatch_gates, make_layout
-from v3jax.ops.gemm import grouped_matmul
-from v3jax.ops.norm import swiglu
+from v3jax.ops.expert_parallel import (
+    ExchangeStats,
+    drop_beyond_capacity,
+    experts_here,
+    no_exchange,
+    routed_experts,
+)
+from v3jax.ops.precision import widen
+from v3jax.sharding import BATCH_AXES, manual_axes
 
 
 @struct.dataclass
@@ -27,25 +36,75 @@ class RouterStats:
     """Tokens sent to each expert, int32; padding does not count."""
     balance_loss: jax.Array
     """Sequence-wise balance loss, summed over sequences, before its factor alpha; FP32."""
+    exchange: ExchangeStats
 
 
 class Experts(Module):
-    """The routed experts as two grouped matrix products over rows sorted by expert."""
+    """The routed experts as two grouped matrix products over rows sorted by expert.
+
+    On a mesh that splits batch or experts every device runs its own experts on the tokens that
+    are sent to it, as its own program: the caller's, inside `jax.shard_map`, or one made here.
+    """
 
     @nn.compact
-    def __call__(self, x_ND: jax.Array, experts_NK: jax.Array, gates_NK: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_ND: jax.Array, experts_NK: jax.Array, gates_NK: jax.Array
+    ) -> tuple[jax.Array, ExchangeStats]:
         cfg = self.cfg
         width = cfg.expert_ffn_dim
         gate_up = self.matrix(
             "gate_up_proj", (cfg.n_experts, cfg.dim, 2 * width), "experts", "embed", "ffn"
         )
         down = self.matrix("down_proj", (cfg.n_experts, width, cfg.dim), "experts", "ffn", "embed")
-        layout = make_layout(experts_NK, cfg.n_experts)
-        hidden = grouped_matmul(dispatch(x_ND, layout), gate_up, layout)
-        hidden = swiglu(checkpoint_name(hidden, "gate_up"))
-        gates = dispatch_gates(gates_NK, layout)[:, None]
-        hidden = (hidden.astype(jnp.float32) * gates).astype(x_ND.dtype)
-        return combine(grouped_matmul(hidden, down, layout), layout)
+        arrays = (x_ND, experts_NK, gates_NK, gate_up, down)
+        mesh = jax.sharding.get_abstract_mesh()
+        sizes = {axis: mesh.shape.get(axis, 1) for axis in BATCH_AXES}
+        if self.is_initializing() or all(size == 1 for size in sizes.values()):
+            return self._on_this_device(1, *arrays)
+        if manual_axes():
+            return self._on_this_device(sizes["node"] * sizes["expert"], *arrays)
+
+        def run(*arrays: jax.Array) -> tuple[jax.Array, ExchangeStats]:
+            out, stats = self._on_this_device(sizes["node"] * sizes["expert"], *arrays)
+            return out, jax.tree.map(lambda s: s[None], stats)
+
+        experts = self.rules.spec("experts")
+        rows = P(BATCH_AXES)
+        out_ND, stats = jax.shard_map(
+            run,
+            in_specs=(rows, rows, rows, experts, experts),
+            out_specs=(rows, rows),
+            axis_names=set(mesh.axis_names),
+            check_vma=False,
+        )(*arrays)
+        return out_ND, ExchangeStats(
+            extra_passes=stats.extra_passes.sum() // (sizes["node"] * sizes["expert"]),
+            overload=stats.overload.mean(),
+            dropped=stats.dropped.sum(),
+        )
+
+    def _on_this_device(
+        self,
+        expert_shards: int,
+        x_ND: jax.Array,
+        experts_NK: jax.Array,
+        gates_NK: jax.Array,
+        gate_up: jax.Array,
+        down: jax.Array,
+    ) -> tuple[jax.Array, ExchangeStats]:
+        cfg, moe = self.cfg, self.rules.moe
+        if expert_shards > 1:
+            return routed_experts(cfg, moe, x_ND, experts_NK, gates_NK, gate_up, down)
+        stats, capped = no_exchange(), moe.capacity_factor is not None
+        if moe.capacity_factor is not None:
+            experts_NK, dropped = drop_beyond_capacity(
+                experts_NK, cfg.n_experts, moe.capacity_factor
+            )
+            stats = dataclasses.replace(stats, dropped=dropped)
+        out_ND = experts_here(
+            cfg.n_experts, x_ND, experts_NK, gates_NK, gate_up, down, partial=capped
+        )
+        return out_ND, stats
 
 
 class MoE(Module):
@@ -59,13 +118,11 @@ class MoE(Module):
         x_ND = x_BTD.reshape(-1, cfg.dim)
         # The router works in FP32, its weights too (report section 3.3.1).
         init = nn.initializers.normal(cfg.init_std)
-        gate_DE = self.param(
-            "gate", self.rules.init(init, "embed", None), (cfg.dim, cfg.n_experts), jnp.float32
-        )
+        gate_DE = self.parameter("gate", init, (cfg.dim, cfg.n_experts), "embed", None)
         bias_E = self.variable(
             "router_state", "e_score_correction_bias", jnp.zeros, (cfg.n_experts,), jnp.float32
         ).value
-        logits_NE = jnp.dot(x_ND.astype(jnp.float32), gate_DE, precision=jax.lax.Precision.HIGHEST)
+        logits_NE = jnp.dot(widen(x_ND), gate_DE, precision=jax.lax.Precision.HIGHEST)
         logits_NE = checkpoint_name(logits_NE, "router_logits")
         experts_NK, gates_NK = routing.route(
             logits_NE,
@@ -75,7 +132,7 @@ class MoE(Module):
             top_groups=cfg.top_groups,
             route_scale=cfg.route_scale,
         )
-        routed_ND = Experts(cfg, self.numerics, self.rules, name="experts")(
+        routed_ND, exchange = Experts(cfg, self.numerics, self.rules, name="experts")(
             x_ND, experts_NK, gates_NK
         )
         out_BTD = routed_ND.reshape(x_BTD.shape)
@@ -90,4 +147,4 @@ class MoE(Module):
         )
         counted_N = None if counted_BT is None else counted_BT.reshape(-1)
         load_E = routing.expert_load(experts_NK, cfg.n_experts, counted_N)
-        return out_BTD, RouterStats(load_E=load_E, balance_loss=balance_B.sum())
+        return out_BTD, RouterStats(load_E=load_E, balance_loss=balance_B.sum(), exchange=exchange)

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from v3jax.config import ModelConfig
 from v3jax.model.block import rematerialised
-from v3jax.model.layers import Module, compute_dtype
+from v3jax.model.layers import Module, compute_dtype, whole
 from v3jax.model.moe import RouterStats
 from v3jax.model.mtp import MTPModule
 from v3jax.ops import loss
+from v3jax.ops.expert_parallel import no_exchange
 from v3jax.ops.norm import rms_norm
-from v3jax.sharding import constrain
+from v3jax.sharding import ShardingRules, constrain
 
 
 @struct.dataclass
@@ -56,18 +58,9 @@ class Transformer(Module):
         """
         cfg = self.cfg
         init = nn.initializers.normal(cfg.init_std)
-        embed_VD = self.param(
-            "embed_tokens",
-            self.rules.init(init, "vocab", "embed"),
-            (cfg.vocab_size, cfg.dim),
-            jnp.float32,
-        )
-        self.param(
-            "lm_head",
-            self.rules.init(init, "embed", "vocab"),
-            (cfg.dim, cfg.vocab_size),
-            jnp.float32,
-        )
+        embed_VD = self.parameter("embed_tokens", init, (cfg.vocab_size, cfg.dim), "vocab", "embed")
+        if self.is_initializing():  # `head_weight` gives it to whoever needs logits
+            self.parameter("lm_head", init, (cfg.dim, cfg.vocab_size), "embed", "vocab")
         final_norm = self.norm_weight("norm", cfg.dim)
         length = tokens_BS.shape[1] - ahead
         positions_T = jnp.arange(length)
@@ -122,12 +115,20 @@ class Transformer(Module):
 
 def _stack_stats(stats: list[RouterStats], n_experts: int) -> RouterStats:
     if not stats:
+        nothing = jax.tree.map(lambda s: jnp.zeros((0,), s.dtype), no_exchange())
         return RouterStats(
-            load_E=jnp.zeros((0, n_experts), jnp.int32), balance_loss=jnp.zeros((0,))
+            load_E=jnp.zeros((0, n_experts), jnp.int32),
+            balance_loss=jnp.zeros((0,)),
+            exchange=nothing,
         )
     return jax.tree.map(lambda *a: jnp.concatenate(a), *stats)
 
 
+def head_weight(cfg: ModelConfig, params: dict[str, Any], rules: ShardingRules) -> jax.Array:
+    """The output head `[D, V]` that main model and MTP modules share, whole."""
+    return whole(params["lm_head"], (cfg.dim, cfg.vocab_size), rules, "embed", "vocab")
+
+
 def head_logits(params: dict[str, Any], hidden_BTD: jax.Array) -> jax.Array:
-    """FP32 logits `[..., V]` of the output head that main model and MTP modules share."""
+    """FP32 logits `[..., V]` of the output head."""
     return loss.logits(hidden_BTD, params["lm_head"])

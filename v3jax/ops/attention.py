@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from v3jax.ops.precision import wide, widen
+
 _MIN_CHUNK = 128
 _MAX_CHUNKS = 8
 
@@ -52,7 +54,7 @@ def _scores(
     q_BCHK: jax.Array, k_BSHK: jax.Array, segments_BT: jax.Array | None, chunk: slice, scale: float
 ) -> jax.Array:
     s_BHCS = (
-        jnp.einsum("bchk,bshk->bhcs", q_BCHK, k_BSHK, preferred_element_type=jnp.float32) * scale
+        jnp.einsum("bchk,bshk->bhcs", q_BCHK, k_BSHK, preferred_element_type=wide(q_BCHK)) * scale
     )
     rows_C, columns_S = jnp.arange(chunk.start, chunk.stop), jnp.arange(chunk.stop)
     visible = rows_C[:, None] >= columns_S[None, :]
@@ -100,22 +102,23 @@ def _attention_bwd(
     scale: float, residuals: _Residuals, dout_BTHV: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q_BTHK, k_BTHK, v_BTHV, segments_BT, out_BTHV, lse_BHT = residuals
-    delta_BTH = jnp.sum(dout_BTHV.astype(jnp.float32) * out_BTHV.astype(jnp.float32), axis=-1)
-    dqs, dk_BTHK, dv_BTHV = [], jnp.zeros(k_BTHK.shape), jnp.zeros(v_BTHV.shape)
+    delta_BTH = jnp.sum(widen(dout_BTHV) * widen(out_BTHV), axis=-1)
+    dqs: list[jax.Array] = []
+    dk_BTHK, dv_BTHV = (jnp.zeros(x.shape, wide(x)) for x in (k_BTHK, v_BTHV))
     for chunk in _chunks(q_BTHK.shape[1]):
         q_BCHK, k_BSHK, v_BSHV = q_BTHK[:, chunk], k_BTHK[:, : chunk.stop], v_BTHV[:, : chunk.stop]
         dout_BCHV = dout_BTHV[:, chunk]
         s_BHCS = _scores(q_BCHK, k_BSHK, segments_BT, chunk, scale)
         p_BHCS = jnp.exp(s_BHCS - lse_BHT[:, :, chunk, None])
         dp_BHCS = jnp.einsum(
-            "bchv,bshv->bhcs", dout_BCHV, v_BSHV, preferred_element_type=jnp.float32
+            "bchv,bshv->bhcs", dout_BCHV, v_BSHV, preferred_element_type=wide(q_BTHK)
         )
         delta_BHC = delta_BTH[:, chunk].swapaxes(1, 2)
         ds_BHCS = (p_BHCS * (dp_BHCS - delta_BHC[..., None]) * scale).astype(q_BTHK.dtype)
         p_BHCS = p_BHCS.astype(v_BTHV.dtype)
         dqs.append(jnp.einsum("bhcs,bshk->bchk", ds_BHCS, k_BSHK))
-        dk = jnp.einsum("bhcs,bchk->bshk", ds_BHCS, q_BCHK, preferred_element_type=jnp.float32)
-        dv = jnp.einsum("bhcs,bchv->bshv", p_BHCS, dout_BCHV, preferred_element_type=jnp.float32)
+        dk = jnp.einsum("bhcs,bchk->bshk", ds_BHCS, q_BCHK, preferred_element_type=wide(q_BTHK))
+        dv = jnp.einsum("bhcs,bchv->bshv", p_BHCS, dout_BCHV, preferred_element_type=wide(q_BTHK))
         dk_BTHK = dk_BTHK.at[:, : chunk.stop].add(dk)
         dv_BTHV = dv_BTHV.at[:, : chunk.stop].add(dv)
     dq_BTHK = jnp.concatenate(dqs, axis=1)

@@ -1,4 +1,4 @@
-"""Matrix products of rows that are grouped by expert in whole blocks (see `dispatch.Layout`).
+"""Matrix products of rows that are grouped by expert in whole blocks (see `dispatch.Blocks`).
 
 `jax.lax.ragged_dot` multiplies every row by every expert on CPU and GPU; here a block meets only
 its own expert's weight. Small problems gather one weight a block and run one batched product;
@@ -9,37 +9,38 @@ Dims: N rows, M blocks, R rows of a block, E experts, I inner and O outer featur
 import jax
 import jax.numpy as jnp
 
-from v3jax.ops.dispatch import Layout
+from v3jax.ops.dispatch import Blocks
+from v3jax.ops.precision import wide
 
 _GATHER_BYTES = 32 * 2**20
 """Above this size of gathered weights the loop is used."""
 
 
 @jax.custom_vjp
-def grouped_matmul(x_NI: jax.Array, w_EIO: jax.Array, layout: Layout) -> jax.Array:
+def grouped_matmul(x_NI: jax.Array, w_EIO: jax.Array, blocks: Blocks) -> jax.Array:
     """Each block of rows times its expert's weight: `[N, I] x [E, I, O] -> [N, O]`, in x's type.
 
     Products accumulate in FP32. The weight's gradient is FP32 before it is cast to w's type.
     """
-    return _forward(x_NI, w_EIO, layout, "mri,mio->mro")
+    return _forward(x_NI, w_EIO, blocks, "mri,mio->mro")
 
 
-def _blocks(x_NI: jax.Array, layout: Layout) -> jax.Array:
-    return x_NI.reshape(layout.expert_M.shape[0], layout.block, x_NI.shape[-1])
+def _blocks(x_NI: jax.Array, blocks: Blocks) -> jax.Array:
+    return x_NI.reshape(blocks.expert_M.shape[0], blocks.block, x_NI.shape[-1])
 
 
-def _gathers(w_EIO: jax.Array, layout: Layout) -> bool:
-    gathered = layout.expert_M.shape[0] * w_EIO.shape[1] * w_EIO.shape[2] * w_EIO.dtype.itemsize
+def _gathers(w_EIO: jax.Array, blocks: Blocks) -> bool:
+    gathered = blocks.expert_M.shape[0] * w_EIO.shape[1] * w_EIO.shape[2] * w_EIO.dtype.itemsize
     return gathered <= _GATHER_BYTES
 
 
-def _forward(x_NI: jax.Array, w_EIO: jax.Array, layout: Layout, product: str) -> jax.Array:
+def _forward(x_NI: jax.Array, w_EIO: jax.Array, blocks: Blocks, product: str) -> jax.Array:
     """`product` is an einsum of blocks `mri` (or `mro`) and weights `mio`."""
-    x_MRI = _blocks(x_NI, layout)
+    x_MRI = _blocks(x_NI, blocks)
     with jax.named_scope("grouped_matmul"):
-        if _gathers(w_EIO, layout):
+        if _gathers(w_EIO, blocks):
             y_MRO = jnp.einsum(
-                product, x_MRI, w_EIO[layout.expert_M], preferred_element_type=jnp.float32
+                product, x_MRI, w_EIO[blocks.expert_M], preferred_element_type=wide(x_NI)
             )
             return y_MRO.reshape(x_NI.shape[0], -1).astype(x_NI.dtype)
         single = product.replace("m", "")
@@ -47,42 +48,42 @@ def _forward(x_NI: jax.Array, w_EIO: jax.Array, layout: Layout, product: str) ->
 
         def one_block(m: jax.Array, y_MRO: jax.Array) -> jax.Array:
             y_RO = jnp.einsum(
-                single, x_MRI[m], w_EIO[layout.expert_M[m]], preferred_element_type=jnp.float32
+                single, x_MRI[m], w_EIO[blocks.expert_M[m]], preferred_element_type=wide(x_NI)
             )
             return y_MRO.at[m].set(y_RO.astype(x_NI.dtype))
 
         y_MRO = jnp.zeros((*x_MRI.shape[:2], width), x_NI.dtype)
-        return jax.lax.fori_loop(0, layout.n_used, one_block, y_MRO).reshape(-1, width)
+        return jax.lax.fori_loop(0, blocks.n_used, one_block, y_MRO).reshape(-1, width)
 
 
 def _weight_gradient(
-    x_NI: jax.Array, dy_NO: jax.Array, w_EIO: jax.Array, layout: Layout
+    x_NI: jax.Array, dy_NO: jax.Array, w_EIO: jax.Array, blocks: Blocks
 ) -> jax.Array:
-    x_MRI, dy_MRO = _blocks(x_NI, layout), _blocks(dy_NO, layout)
+    x_MRI, dy_MRO = _blocks(x_NI, blocks), _blocks(dy_NO, blocks)
     with jax.named_scope("grouped_matmul_weight_gradient"):
-        dw_EIO = jnp.zeros(w_EIO.shape, jnp.float32)
-        if _gathers(w_EIO, layout):
-            dw_MIO = jnp.einsum("mri,mro->mio", x_MRI, dy_MRO, preferred_element_type=jnp.float32)
-            return dw_EIO.at[layout.expert_M].add(dw_MIO, indices_are_sorted=True)
+        dw_EIO = jnp.zeros(w_EIO.shape, wide(x_NI))
+        if _gathers(w_EIO, blocks):
+            dw_MIO = jnp.einsum("mri,mro->mio", x_MRI, dy_MRO, preferred_element_type=wide(x_NI))
+            return dw_EIO.at[blocks.expert_M].add(dw_MIO, indices_are_sorted=True)
 
         def one_block(m: jax.Array, dw_EIO: jax.Array) -> jax.Array:
-            dw_IO = jnp.einsum("ri,ro->io", x_MRI[m], dy_MRO[m], preferred_element_type=jnp.float32)
-            return dw_EIO.at[layout.expert_M[m]].add(dw_IO)
+            dw_IO = jnp.einsum("ri,ro->io", x_MRI[m], dy_MRO[m], preferred_element_type=wide(x_NI))
+            return dw_EIO.at[blocks.expert_M[m]].add(dw_IO)
 
-        return jax.lax.fori_loop(0, layout.n_used, one_block, dw_EIO)
-
-
-_Residuals = tuple[jax.Array, jax.Array, Layout]
+        return jax.lax.fori_loop(0, blocks.n_used, one_block, dw_EIO)
 
 
-def _grouped_fwd(x_NI: jax.Array, w_EIO: jax.Array, layout: Layout) -> tuple[jax.Array, _Residuals]:
-    return grouped_matmul(x_NI, w_EIO, layout), (x_NI, w_EIO, layout)
+_Residuals = tuple[jax.Array, jax.Array, Blocks]
+
+
+def _grouped_fwd(x_NI: jax.Array, w_EIO: jax.Array, blocks: Blocks) -> tuple[jax.Array, _Residuals]:
+    return grouped_matmul(x_NI, w_EIO, blocks), (x_NI, w_EIO, blocks)
 
 
 def _grouped_bwd(residuals: _Residuals, dy_NO: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    x_NI, w_EIO, layout = residuals
-    dx_NI = _forward(dy_NO, w_EIO, layout, "mro,mio->mri")
-    return dx_NI, _weight_gradient(x_NI, dy_NO, w_EIO, layout).astype(w_EIO.dtype), None
+    x_NI, w_EIO, blocks = residuals
+    dx_NI = _forward(dy_NO, w_EIO, blocks, "mro,mio->mri")
+    return dx_NI, _weight_gradient(x_NI, dy_NO, w_EIO, blocks).astype(w_EIO.dtype), None
 
 
 grouped_matmul.defvjp(_grouped_fwd, _grouped_bwd)

@@ -6,6 +6,8 @@ Dims: B batch, T time, C positions of a chunk, D features, V vocabulary.
 import jax
 import jax.numpy as jnp
 
+from v3jax.ops.precision import wide
+
 _MAX_CHUNKS = 16
 _MIN_CHUNK = 32
 
@@ -16,7 +18,7 @@ def logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
         "...d,dv->...v",
         hidden_BTD,
         head_DV.astype(hidden_BTD.dtype),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=wide(hidden_BTD),
     )
 
 
@@ -86,12 +88,12 @@ def _fwd(
         dlogits_BCV = ((p_BCV - onehot_BCV) * weights_BC[..., None]).astype(dtype)
         dhidden_BCD = jnp.einsum("bcv,dv->bcd", dlogits_BCV, head_DV.astype(dtype))
         dhead_DV += jnp.einsum(
-            "bcd,bcv->dv", hidden_BCD, dlogits_BCV, preferred_element_type=jnp.float32
+            "bcd,bcv->dv", hidden_BCD, dlogits_BCV, preferred_element_type=wide(hidden_BCD)
         )
         return (loss + chunk_loss, dhead_DV), (nll_BC, dhidden_BCD)
 
     with jax.named_scope("linear_cross_entropy"):
-        start = (jnp.zeros(()), jnp.zeros(head_DV.shape))
+        start = (jnp.zeros((), wide(hidden_BTD)), jnp.zeros(head_DV.shape, wide(hidden_BTD)))
         (loss, dhead_DV), (nlls, dhiddens) = jax.lax.scan(
             one_chunk, start, _chunked(hidden_BTD, targets_BT, weights_BT)
         )

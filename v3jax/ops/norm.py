@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from v3jax.ops.precision import widen
+
 
 def rms_norm(x_D: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     """`x / rms(x) * weight` over the last axis, statistics in FP32, result in the type of `x`.
@@ -10,7 +12,7 @@ def rms_norm(x_D: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     Report section 2.1 (norms of the block and of the two latents).
     """
     with jax.named_scope("rms_norm"):
-        x32_D = x_D.astype(jnp.float32)
+        x32_D = widen(x_D)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32_D), axis=-1, keepdims=True) + eps)
         return (x32_D * inverse * weight_D).astype(x_D.dtype)
 
@@ -21,7 +23,7 @@ def swiglu(gate_up_2F: jax.Array) -> jax.Array:
 
     Only the input is kept for the gradient (report section 3.3.3).
     """
-    gate_F, up_F = jnp.split(gate_up_2F.astype(jnp.float32), 2, axis=-1)
+    gate_F, up_F = jnp.split(widen(gate_up_2F), 2, axis=-1)
     return (gate_F * jax.nn.sigmoid(gate_F) * up_F).astype(gate_up_2F.dtype)
 
 
@@ -30,9 +32,9 @@ def _swiglu_fwd(gate_up_2F: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _swiglu_bwd(gate_up_2F: jax.Array, dout_F: jax.Array) -> tuple[jax.Array]:
-    gate_F, up_F = jnp.split(gate_up_2F.astype(jnp.float32), 2, axis=-1)
+    gate_F, up_F = jnp.split(widen(gate_up_2F), 2, axis=-1)
     sigmoid_F = jax.nn.sigmoid(gate_F)
-    dout_F = dout_F.astype(jnp.float32)
+    dout_F = widen(dout_F)
     dgate_F = dout_F * up_F * sigmoid_F * (1 + gate_F * (1 - sigmoid_F))
     dup_F = dout_F * gate_F * sigmoid_F
     return (jnp.concatenate([dgate_F, dup_F], axis=-1).astype(gate_up_2F.dtype),)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from v3jax.config import ModelConfig
+from v3jax.ops.precision import wide, widen
 
 
 def frequencies(cfg: ModelConfig) -> np.ndarray:
@@ -47,11 +48,11 @@ def rotate(x_BTHR: jax.Array, positions_T: jax.Array, theta_P: np.ndarray) -> ja
 
     `positions_T` is `[T]` or `[B, T]`; `x` may lack the head axis (`[B, T, R]`).
     """
-    angle = positions_T[..., None].astype(jnp.float32) * jnp.asarray(theta_P, jnp.float32)
+    angle = positions_T[..., None].astype(wide(x_BTHR)) * jnp.asarray(theta_P, wide(x_BTHR))
     if x_BTHR.ndim == 4:
         angle = angle[..., None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    even, odd = jnp.split(x_BTHR.astype(jnp.float32).reshape(*x_BTHR.shape[:-1], -1, 2), 2, axis=-1)
+    even, odd = jnp.split(widen(x_BTHR).reshape(*x_BTHR.shape[:-1], -1, 2), 2, axis=-1)
     even, odd = even[..., 0], odd[..., 0]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x_BTHR.shape).astype(x_BTHR.dtype)

@@ -6,6 +6,8 @@ Dims: T tokens, E experts, G groups (one a node), K experts of a token, B sequen
 import jax
 import jax.numpy as jnp
 
+from v3jax.ops.precision import widen
+
 
 def route(
     logits_TE: jax.Array,
@@ -30,7 +32,7 @@ def route(
       `(experts_TK, gates_TK)`: int32 indices and FP32 gates that sum to `route_scale`.
     """
     with jax.named_scope("route"):
-        affinity_TE = jax.nn.sigmoid(logits_TE.astype(jnp.float32))
+        affinity_TE = jax.nn.sigmoid(widen(logits_TE))
         ranking_TE = jax.lax.stop_gradient(affinity_TE) + bias_E
         experts_TK = choose(ranking_TE, top_k=top_k, n_groups=n_groups, top_groups=top_groups)
         chosen_TK = jnp.take_along_axis(affinity_TE, experts_TK, axis=-1)
@@ -71,12 +73,12 @@ def sequence_balance_loss(
     `counted_BS` false (padding) are left out of both.
     """
     with jax.named_scope("sequence_balance_loss"):
-        affinity_BSE = jax.nn.sigmoid(logits_BSE.astype(jnp.float32))
+        affinity_BSE = jax.nn.sigmoid(widen(logits_BSE))
         share_BSE = affinity_BSE / affinity_BSE.sum(-1, keepdims=True)
         n_experts = affinity_BSE.shape[-1]
         best_BSK = jax.lax.top_k(jax.lax.stop_gradient(affinity_BSE), top_k)[1]
         hits_BSE = jnp.any(best_BSK[..., None] == jnp.arange(n_experts), axis=2)
-        hits_BSE = hits_BSE.astype(jnp.float32)
+        hits_BSE = hits_BSE.astype(affinity_BSE.dtype)
         if counted_BS is None:
             f_BE = hits_BSE.mean(1) * (n_experts / top_k)
             p_BE = share_BSE.mean(1)

@@ -16,22 +16,46 @@ import jax.numpy as jnp
 import optax
 
 from v3jax.config import OptimConfig
+from v3jax.ops.precision import widen
 
-_DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
 
-
-def adamw(cfg: OptimConfig, moments: Literal["bf16", "fp32"]) -> optax.GradientTransformation:
+def adamw(
+    cfg: OptimConfig, moments: Literal["bf16", "fp32"]
+) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, Adam, decoupled weight decay; without the learning rate.
 
-    `update(gradients, state, params)` returns the *unscaled* direction
+    `update(gradients, state, params, grad_norm=norm)` returns the *unscaled* direction
     `m_hat / (sqrt(v_hat) + eps) + weight_decay * param` in FP32; the caller applies
-    `param - lr * direction`.
+    `param - lr * direction`. `grad_norm` is that of the whole gradients, of which a device may
+    hold a part; without it, it is the norm of `gradients`.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
-        scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps, _DTYPES[moments]),
+    chained = optax.chain(
+        clip_by_global_norm(cfg.clip_norm),
+        scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps, moments),
         optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
     )
+    return optax.with_extra_args_support(chained)
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """Scales gradients down to `max_norm`; optax's own, but for a norm that may be given."""
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        grad_norm: jax.Array | None = None,
+        **_: Any,
+    ) -> tuple[Any, Any]:
+        del params
+        norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
+        clipped = jax.tree.map(
+            lambda g: jnp.where(norm < max_norm, g, (g / norm.astype(g.dtype)) * max_norm), updates
+        )
+        return clipped, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def decayed(params: Any) -> Any:
@@ -42,16 +66,18 @@ def decayed(params: Any) -> Any:
 
 
 def scale_by_adam(
-    beta1: float, beta2: float, eps: float, dtype: jax.typing.DTypeLike
+    beta1: float, beta2: float, eps: float, moments: Literal["bf16", "fp32"]
 ) -> optax.GradientTransformation:
-    """Adam's direction in FP32 with both moments stored in `dtype`.
+    """Adam's direction in FP32 with both moments stored in the type `moments`.
 
     optax's own takes a type for the first moment only; the state is of optax's class: `count` of
     committed updates (int32), `mu` and `nu` like the parameters.
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
-        mu, nu = (jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params) for _ in range(2))
+        mu, nu = (
+            jax.tree.map(lambda p: _rounded(jnp.zeros_like(p), moments), params) for _ in range(2)
+        )
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -66,7 +92,9 @@ def scale_by_adam(
                 lambda m, v: m * correction1 / (jnp.sqrt(v * correction2) + eps), mu32, nu32
             )
             stored = optax.ScaleByAdamState(
-                jnp.asarray(count), _rounded(mu32, dtype), _rounded(nu32, dtype)
+                jnp.asarray(count),
+                jax.tree.map(lambda m: _rounded(m, moments), mu32),
+                jax.tree.map(lambda v: _rounded(v, moments), nu32),
             )
         return direction, stored
 
@@ -74,9 +102,9 @@ def scale_by_adam(
 
 
 def _average(new: jax.Array, old: jax.Array, beta: float) -> jax.Array:
-    return beta * old.astype(jnp.float32) + (1 - beta) * new.astype(jnp.float32)
+    return beta * widen(old) + (1 - beta) * widen(new)
 
 
-def _rounded(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """To nearest even, which is what a conversion to BF16 does."""
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
+def _rounded(x: jax.Array, moments: str) -> jax.Array:
+    """To nearest even, which is what a conversion to BF16 does; FP32 stays what it is."""
+    return x.astype(jnp.bfloat16) if moments == "bf16" else widen(x)

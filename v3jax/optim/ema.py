@@ -6,7 +6,8 @@ It covers trained parameters only, never the router bias, and moves once per com
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+
+from v3jax.ops.precision import widen
 
 
 def update_ema(ema: Any, params: Any, decay: float) -> Any:
@@ -19,5 +20,5 @@ def update_ema(ema: Any, params: Any, decay: float) -> Any:
 
 
 def _lerp(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
-    old32 = old.astype(jnp.float32)
-    return old32 + (1 - decay) * (new.astype(jnp.float32) - old32)
+    old32 = widen(old)
+    return old32 + (1 - decay) * (widen(new) - old32)
