@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tests import mini
 from v3jax import checkpoint
 from v3jax.checkpoint import MAY_CHANGE, Writer
-from v3jax.config import flatten
+from v3jax.config import MeshConfig, flatten
+from v3jax.sharding import make_mesh
 from v3jax.state import TrainState
 
 CFG = mini.config()
@@ -334,10 +337,38 @@ def test_every_field_that_matters_is_compared_and_named(good: Path, tmp_path: Pa
             assert f"{field} was 'else', is {original[field]}" in str(caught.value)
 
 
-def test_only_rhythm_and_length_may_change() -> None:
+def test_only_rhythm_length_and_devices_may_change() -> None:
     names = "total_tokens eval_every eval_sequences checkpoint_every keep_checkpoints max_bad_steps"
-    assert {f"run.{name}" for name in names.split()} == MAY_CHANGE
-    assert flatten(CFG).keys() >= MAY_CHANGE
+    mesh = {name for name in flatten(CFG) if name.startswith("mesh.")}
+    assert mesh >= {"mesh.pipe", "mesh.data", "mesh.node", "mesh.expert"}
+    assert {f"run.{name}" for name in names.split()} | mesh == MAY_CHANGE
+
+
+def test_groups_of_fields_younger_than_a_run_stand_for_their_defaults(
+    good: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(good, workdir)
+    older = {k: v for k, v in found(good).manifest["config"].items() if not k.startswith("moe.")}
+    edited(workdir, config=older)
+    assert checkpoint.check_workdir(workdir, CFG) is not None
+    changed = mini.replace(CFG, moe=mini.replace(CFG.moe, capacity_factor=1.0))
+    with pytest.raises(ValueError, match=r"moe.capacity_factor was None, is 1.0"):
+        checkpoint.check_workdir(workdir, changed)
+
+
+@pytest.mark.parametrize("spec", [P(), P("data"), P(("data", "expert"))])
+def test_a_state_is_restored_on_any_mesh(good: Path, spec: P) -> None:
+    place = NamedSharding(make_mesh(MeshConfig(data=2, expert=4)), spec)
+
+    def placed(x: jax.Array) -> jax.ShapeDtypeStruct:
+        fits = x.shape == (64, 33)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place if fits else whole)
+
+    whole = NamedSharding(place.mesh, P())
+    state = checkpoint.restore(found(good), jax.tree.map(placed, make_state()))
+    assert_bit_equal(state, make_state(10))
+    assert state.params["w"].sharding == placed(state.params["w"]).sharding
 
 
 def test_another_format_is_refused(good: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"config"},
-    {"cli", "host", "registry", "sharding"},
+    {"cli", "host", "processes", "registry", "sharding"},
     {"kernels", "eplb"},
     {"ops"},
     {"model", "optim", "data", "rewards"},

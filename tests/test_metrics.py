@@ -109,6 +109,13 @@ def test_loads_are_thinned_to_about_two_hundred(tmp_path: Path) -> None:
     assert steps == list(range(0, 1000, 5))
 
 
+def test_all_processes_but_one_record_nothing(tmp_path: Path) -> None:
+    with Recorder(tmp_path, 0, 10, writes=False) as recorder:
+        recorder.write(row(0), LOAD_LE)
+        recorder.flush()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "metrics.jsonl") == []
 

@@ -85,14 +85,14 @@ def test_the_data_go_on_where_they_were() -> None:
     straight, first = make_loader(cfg, dataset), make_loader(cfg, dataset)
     batches = [next(straight) for _ in range(20)]
     for step in range(7):
-        assert (next(first).tokens_MBS == batches[step].tokens_MBS).all()
+        assert (next(first).tokens_MRS == batches[step].tokens_MRS).all()
     resumed = make_loader(cfg, dataset)
     resumed.set_state(first.get_state())
     for step in range(7, 20):
         batch = next(resumed)
         assert batch.n_micro == batches[step].n_micro
-        assert (batch.tokens_MBS == batches[step].tokens_MBS).all()
-        assert (batch.segments_MBS == batches[step].segments_MBS).all()
+        assert (batch.tokens_MRS == batches[step].tokens_MRS).all()
+        assert (batch.segments_MRS == batches[step].segments_MRS).all()
 
 
 @pytest.mark.faults

@@ -39,7 +39,7 @@ ALWAYS = {
 
 def test_the_command_line_is_frozen() -> None:
     own = {f.name for f in flags.FLAGS.get_flags_for_module("v3jax.train")}
-    assert own == {"exp", "workdir", "set", "list", "profile", "check"}
+    assert own == {"exp", "workdir", "set", "list", "profile", "check", "distributed"}
 
 
 def test_import_leaves_the_heavy_libraries_alone() -> None:
@@ -187,7 +187,14 @@ def test_check_builds_everything_and_changes_nothing(
     assert not (tmp_path / "run").exists()
     assert (result.step, result.finished) == (0, False)
     shown = capsys.readouterr().out
-    for name in ("mesh", "data digest", "temporaries a device", "disk free", "checkpoints kept"):
+    for name in (
+        "mesh",
+        "processes",
+        "data digest",
+        "temporaries a device",
+        "disk free",
+        "checkpoints kept",
+    ):
         assert name in shown
     assert f"{mini.N_STEPS}\n" in shown
 

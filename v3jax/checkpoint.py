@@ -8,7 +8,8 @@ shape, type and SHA-256 of every array, and a digest of itself. It appears whole
 object store puts a file in one piece, and a local disk gets it by a rename. So a folder without a
 manifest is what an interrupted save left, and a manifest that does not match its digest was
 damaged afterwards, which is an error. `step` counts the batches drawn from the loader, committed
-or not.
+or not. Of several processes one writes, whole arrays gathered in its memory one after the other
+(sharded writing is not done yet); each reads all and keeps its shards, on any mesh.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import json
 import os
 import shutil
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,24 @@ import jax
 import numpy as np
 from etils import epath
 
-from v3jax.config import CHECKPOINT_FORMAT, ExperimentConfig, digest, flatten
+from v3jax import processes
+from v3jax.config import CHECKPOINT_FORMAT, ExperimentConfig, MeshConfig, digest, flatten
 from v3jax.state import TrainState
 
-# What may differ between a run and its continuation: rhythm and length, never the mathematics.
+# What may differ between a run and its continuation: rhythm, length and devices, never the
+# mathematics.
 MAY_CHANGE = frozenset(
-    f"run.{name}"
-    for name in (
-        "total_tokens",
-        "eval_every",
-        "eval_sequences",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "max_bad_steps",
-    )
+    {
+        "run.total_tokens",
+        "run.eval_every",
+        "run.eval_sequences",
+        "run.checkpoint_every",
+        "run.keep_checkpoints",
+        "run.max_bad_steps",
+        "moe.bound_factor",
+        "moe.dispatch_chunks",
+        *(f"mesh.{field.name}" for field in fields(MeshConfig)),
+    }
 )
 
 
@@ -146,19 +151,20 @@ def _file_sizes(folder: epath.Path, prefix: str = "") -> dict[str, int]:
 class Writer:
     """Saves states in the background, one at a time; a failure surfaces at the next call.
 
+    Every process of a run makes one and calls `save` and `wait` alike; only the writer's writes.
     As a context manager it waits for the save in progress, whatever ends the run.
 
     Raises:
-      RuntimeError: from `save`, `poll` or `wait`, when an earlier save failed.
+      RuntimeError: from `save`, `poll` or `wait`, when an earlier save failed; from `save` and
+        `wait` on every process.
     """
 
     def __init__(self, workdir: epath.PathLike, cfg: ExperimentConfig) -> None:
-        if jax.process_count() > 1:
-            raise ValueError("checkpoint: runs of several processes cannot be saved yet")
         self._workdir = epath.Path(workdir)
         self._cfg = cfg
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._n_saves = self._n_heard = 0
 
     def __enter__(self) -> "Writer":
         return self
@@ -170,7 +176,11 @@ class Writer:
     def save(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
         """Starts saving; returns once the arrays are copied, so `state` may be donated."""
         self.wait()
-        arrays = {k: np.array(v) for k, v in flat_arrays(jax.device_get(state)).items()}
+        state = processes.gathered(state)
+        self._n_saves += 1
+        if not processes.is_writer():
+            return
+        arrays = {k: np.array(v) for k, v in flat_arrays(state).items()}
         self._thread = threading.Thread(
             target=self._save_and_keep_error, args=(step, arrays, data_state), daemon=True
         )
@@ -180,25 +190,36 @@ class Writer:
         """Raises what a finished save failed with; never blocks."""
         if self._error is not None:
             error, self._error = self._error, None
-            raise RuntimeError(
-                f"{checkpoints_folder(self._workdir)}: saving failed ({error}); "
-                "the previous checkpoint is untouched"
-            ) from error
+            raise RuntimeError(self._why(error)) from error
 
     def wait(self) -> None:
-        """Waits for the save in progress."""
+        """Waits for the save in progress, wherever it runs."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.poll()
+        if not processes.is_writer() and self._n_heard < self._n_saves:
+            self._n_heard = self._n_saves
+            failure = json.loads(processes.wait_for(f"saved/{self._n_saves}"))
+            if failure is not None:
+                raise RuntimeError(failure)
+
+    def _why(self, error: BaseException) -> str:
+        return (
+            f"{checkpoints_folder(self._workdir)}: saving failed ({error}); "
+            "the previous checkpoint is untouched"
+        )
 
     def _save_and_keep_error(
         self, step: int, arrays: dict[str, np.ndarray], data_state: dict[str, Any]
     ) -> None:
+        failure = None
         try:
             self._save(step, arrays, data_state)
         except BaseException as error:  # handed to the training thread
-            self._error = error
+            self._error, failure = error, self._why(error)
+        if processes.count() > 1:
+            processes.post(f"saved/{self._n_saves}", json.dumps(failure))
 
     def _save(self, step: int, arrays: dict[str, np.ndarray], data_state: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp
@@ -208,7 +229,7 @@ class Writer:
         self._drop_leftovers()
         folder = checkpoints_folder(self._workdir) / str(step)
         folder.mkdir(parents=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(arrays))
         manifest = {
             "format": CHECKPOINT_FORMAT,
@@ -292,6 +313,15 @@ def check_workdir(workdir: epath.PathLike, cfg: ExperimentConfig) -> Checkpoint 
 
 
 def _check_same(root: epath.Path, then: dict[str, str], cfg: ExperimentConfig) -> None:
+    groups = {f.name: f.default for f in fields(cfg) if is_dataclass(f.default)}
+    then = {  # what groups of fields stood for that are younger than the run
+        **{
+            k: repr(v)
+            for name, group in groups.items()
+            for k, v in flatten(group, f"{name}.").items()
+        },
+        **then,
+    }
     now = {k: repr(v) for k, v in flatten(cfg).items()}
     changed = [
         f"{k} was {then.get(k, 'absent')}, is {now.get(k, 'absent')}"
@@ -331,7 +361,7 @@ def load_params(
 def _restore_tree(checkpoint: Checkpoint, target: Any, prefix: str) -> Any:
     wanted = {f"{prefix}{name}": like for name, like in flat_arrays(target).items()}
     arrays = read_arrays(checkpoint, wanted)
-    placed = [jax.device_put(arrays[name], like.sharding) for name, like in wanted.items()]
+    placed = [processes.placed(arrays[name], like.sharding) for name, like in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(target), placed)
 
 
@@ -383,7 +413,7 @@ def _read(checkpoint: Checkpoint, wanted: dict[str, jax.ShapeDtypeStruct]) -> di
     as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
     args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             arrays = checkpointer.restore(checkpoint.folder / "state", args=args)
     except Exception as error:  # orbax raises many kinds for a damaged file
         reason = " ".join(str(error).split())[:200]
@@ -392,6 +422,17 @@ def _read(checkpoint: Checkpoint, wanted: dict[str, jax.ShapeDtypeStruct]) -> di
         if not isinstance(arrays.get(name), np.ndarray):
             raise ValueError(_damaged(checkpoint, f"array {name} is not in the index"))
     return arrays
+
+
+def _checkpointer() -> Any:
+    """orbax's, which waits for no other process."""
+    import orbax.checkpoint as ocp
+
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=processes.index(), active_processes={processes.index()}
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _check_files(checkpoint: Checkpoint) -> None:

@@ -118,35 +118,45 @@ class Events:
 
 
 class Recorder:
-    """Writes every row to all three places; a context manager that closes them."""
+    """Writes every row to all three places; a context manager that closes them.
 
-    def __init__(self, workdir: epath.PathLike, first_step: int, n_steps: int) -> None:
-        root = epath.Path(workdir)
-        self._metrics = JsonLines(root / "metrics.jsonl", first_step)
-        self._loads = JsonLines(root / "loads.jsonl", first_step)
+    Without `writes`, as on all processes of a run but one, it records nothing.
+    """
+
+    def __init__(
+        self, workdir: epath.PathLike, first_step: int, n_steps: int, *, writes: bool = True
+    ) -> None:
+        self._places: tuple[JsonLines, JsonLines, Events] | None = None
         self._every = max(1, n_steps // _LOAD_ROWS)
-        self._events = Events(root / "tensorboard", first_step)
+        if writes:
+            root = epath.Path(workdir)
+            self._places = (
+                JsonLines(root / "metrics.jsonl", first_step),
+                JsonLines(root / "loads.jsonl", first_step),
+                Events(root / "tensorboard", first_step),
+            )
 
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._metrics.close()
-        self._loads.close()
-        self._events.close()
+        for place in self._places or ():
+            place.close()
 
     def write(self, row: dict[str, Any], load_LE: np.ndarray) -> None:
         """Records one step: its row, and its loads if it is one of those kept."""
-        self._metrics.write(row)
+        if self._places is None:
+            return
+        metrics, loads, events = self._places
+        metrics.write(row)
         if row["step"] % self._every == 0:
-            self._loads.write({"step": row["step"], "load": load_LE.tolist()})
-        self._events.write(row)
+            loads.write({"step": row["step"], "load": load_LE.tolist()})
+        events.write(row)
 
     def flush(self) -> None:
         """Puts everything where a restart finds it; called before a checkpoint commits."""
-        self._metrics.flush()
-        self._loads.flush()
-        self._events.flush()
+        for place in self._places or ():
+            place.flush()
 
 
 def mfu(flops_per_token: float, tokens_per_second: float, device_kind: str, n: int) -> float | None:

@@ -8,14 +8,14 @@ _LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Steps done, loss, tokens a second and the time left."""
+    """Steps done, loss, tokens a second and the time left; only the clock unless `shown`."""
 
-    def __init__(self, name: str, start: int, total: int) -> None:
-        self._start, self._total = start, total
+    def __init__(self, name: str, start: int, total: int, *, shown: bool = True) -> None:
+        self._start, self._total, self._shown = start, total, shown
         self._began = self._last = time.monotonic()
         self._printed = 0.0
         self._bar = None
-        if sys.stdout.isatty():
+        if shown and sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
@@ -35,6 +35,8 @@ class Progress:
 
     def show(self, row: dict[str, Any]) -> None:
         """Shows a step's row; plain lines come at most every ten seconds, and at the ends."""
+        if not self._shown:
+            return
         done = row["step"] + 1
         figures = f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:

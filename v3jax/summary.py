@@ -1,17 +1,20 @@
 """What a finished run leaves to read: samples, baselines on the same text, `report.html`."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
-from v3jax import decode
-from v3jax.config import ExperimentConfig
+from v3jax import decode, processes
+from v3jax.config import ExperimentConfig, MeshConfig
 from v3jax.data import baselines
 from v3jax.data.dataset import Dataset
 from v3jax.metrics import read_rows
 from v3jax.report import Sample, render
+from v3jax.sharding import make_mesh
 from v3jax.state import TrainState
 
 _SAMPLE_PROMPTS = ("def ", "import numpy as np\n", "The ")
@@ -21,17 +24,29 @@ _SAMPLE_TOKENS = 48
 def write_samples(
     cfg: ExperimentConfig, state: TrainState, dataset: Dataset, workdir: epath.Path
 ) -> list[Sample]:
-    """Continues fixed prompts greedily into `samples.txt`; nothing on synthetic data."""
+    """Continues fixed prompts greedily into `samples.txt`; nothing on synthetic data.
+
+    Every process of a run calls it. Where there are several, the weights are gathered to the
+    writer, which generates on one of its devices.
+    """
     if dataset.tokenizer is None:
         return []
-    texts = decode.generate(
-        cfg,
-        state.params,
-        state.router_state,
-        dataset.tokenizer,
-        _SAMPLE_PROMPTS,
-        n_tokens=_SAMPLE_TOKENS,
-    )
+    params, router_state, mesh = state.params, state.router_state, nullcontext()
+    if processes.count() > 1:
+        params, router_state = processes.gathered((params, router_state)) or ({}, {})
+        if not processes.is_writer():
+            return []
+        params, router_state = jax.device_put((params, router_state), jax.local_devices()[0])
+        mesh = jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()))
+    with mesh:
+        texts = decode.generate(
+            cfg,
+            params,
+            router_state,
+            dataset.tokenizer,
+            _SAMPLE_PROMPTS,
+            n_tokens=_SAMPLE_TOKENS,
+        )
     samples = [
         Sample(prompt, dataset.tokenizer.decode(ids))
         for prompt, ids in zip(_SAMPLE_PROMPTS, texts, strict=True)

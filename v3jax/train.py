@@ -5,6 +5,8 @@
     python -m v3jax.train --list
 
 Started again on the same `--workdir` it continues from the last complete checkpoint, bit for bit.
+Several processes make one run (`v3jax.processes`): start the same command in each, with
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set, or with --distributed.
 """
 
 import functools
@@ -12,6 +14,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,9 +25,10 @@ import jax
 import numpy as np
 from absl import flags, logging
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from v3jax import checkpoint, cli, config, cost, host, registry
+from v3jax import checkpoint, cli, config, cost, host, processes, registry
 from v3jax.config import ExperimentConfig
 from v3jax.data import baselines
 from v3jax.data.dataset import Dataset, cache_folder, open_dataset
@@ -34,7 +38,7 @@ from v3jax.models import initial_weights
 from v3jax.optim.schedules import n_steps
 from v3jax.preflight import preflight
 from v3jax.progress import Progress
-from v3jax.sharding import make_mesh
+from v3jax.sharding import make_mesh, rules_of
 from v3jax.state import TrainState, abstract_state, init_state, state_around
 from v3jax.step import make_eval_step, make_train_step
 from v3jax.summary import write_report, write_samples
@@ -45,6 +49,9 @@ _SET = flags.DEFINE_multi_string("set", [], "path.to.field=value; repeat for mor
 _LIST = flags.DEFINE_bool("list", False, "List the experiments and stop.")
 _PROFILE = flags.DEFINE_string("profile", None, "A:B writes a trace of steps A to B - 1.")
 _CHECK = flags.DEFINE_bool("check", False, "Build everything, report, stop before step 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Let jax find the run's other processes (SLURM, Kubernetes, TPU pod)."
+)
 
 _FLOAT_METRICS = (
     "loss",
@@ -55,6 +62,7 @@ _FLOAT_METRICS = (
     "bias_speed",
     "mtp_weight",
     "max_violation",
+    "rank_overload",
 )
 
 
@@ -77,25 +85,32 @@ def run(
 ) -> Result:
     """Trains `cfg` in `workdir`, continuing from its last complete checkpoint if there is one.
 
+    Every process of a run calls it; only the writer writes and prints.
+
     Raises:
-      ValueError: a setting, a file or the run directory cannot be used; one line.
+      ValueError: a setting, a file or the run directory cannot be used; one line. Or the processes
+        were not started alike.
       RuntimeError: too many steps in a row without a finite loss, or a failed save.
     """
     workdir = epath.Path(workdir)
     # ---- Who runs where. The directory is judged before anything in it changes.
-    found = checkpoint.check_workdir(workdir, cfg)
+    processes.agree(config.flatten(cfg) | {"--workdir": workdir, "--check": check})
+    found = _found(workdir, cfg)
     mesh = make_mesh(cfg.mesh)
 
     with StopSignal() as stop, jax.set_mesh(mesh):
-        # ---- Data
+        # ---- Data: every process prepares or reads all rows and draws those of its devices.
         dataset = open_dataset(cfg)
-        loader = make_loader(cfg, dataset)
+        processes.agree({"the data's digest": dataset.digest})
+        feed = Feed(cfg, mesh)
+        loader = make_loader(cfg, dataset, feed.rows)
         total_steps = n_steps(cfg)
         if cfg.run.eval_sequences > len(dataset.heldout.tokens_NS):
-            print(f"held-out rows: {len(dataset.heldout.tokens_NS)}, all of them are evaluated")
+            n_rows = len(dataset.heldout.tokens_NS)
+            processes.say(f"held-out rows: {n_rows}, all of them are evaluated")
         train_step = make_train_step(cfg, mesh)
         if check:
-            preflight(cfg, workdir, dataset, mesh, train_step)
+            preflight(cfg, workdir, dataset, mesh, train_step, feed.place)
             return Result(0, False, None, None)
 
         # ---- State, new or continued
@@ -105,15 +120,17 @@ def run(
             state = checkpoint.restore(found, abstract_state(cfg, mesh))
             loader.set_state(found.manifest["data"])
             start = found.step
-            print(f"continuing from step {start} of {found.folder}", flush=True)
-        _describe(workdir, cfg, dataset)
-        evaluation = Evaluation(cfg, dataset)
-        trace = Trace(workdir / "profile", profile)
+            processes.say(f"continuing from step {start} of {found.folder}")
+        writes = processes.is_writer()
+        if writes:
+            _describe(workdir, cfg, dataset)
+        evaluation = Evaluation(cfg, dataset, mesh)
+        trace = Trace(workdir / "profile", profile if writes else None)
 
         with (
             checkpoint.Writer(workdir, cfg) as writer,
-            Recorder(workdir, start, total_steps) as recorder,
-            closing(Progress(cfg.name, start, total_steps)) as progress,
+            Recorder(workdir, start, total_steps, writes=writes) as recorder,
+            closing(Progress(cfg.name, start, total_steps, shown=writes)) as progress,
         ):
             # ---- Loop. A step's metrics are read after the next one is dispatched, so the device
             # never waits for the host. Evaluations and checkpoints wait for the step before them
@@ -121,7 +138,7 @@ def run(
             # drawn, so that state and data position agree.
             pending: Pending | None = None
             step = start
-            while step < total_steps and not stop.requested:
+            while step < total_steps and not stop.due(step):
                 evaluated = {}
                 if evaluation.due(step):
                     _finish(pending, recorder, progress, cfg)
@@ -133,7 +150,7 @@ def run(
                 waited = time.monotonic() - waited
                 trace.before(step)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = train_step(state, *_on_device(batch))
+                    state, metrics = train_step(state, *feed.on_devices(batch))
                 _finish(pending, recorder, progress, cfg)
                 pending = Pending(step, batch, loader.sequences, metrics, evaluated, waited)
                 step += 1
@@ -163,10 +180,11 @@ def run(
             writer.wait()
 
         if not finished:
-            print(f"stopped by a signal at step {step}; the same command continues", flush=True)
+            processes.say(f"stopped by a signal at step {step}; the same command continues")
             return Result(step, False, None, None)
         samples = write_samples(cfg, state, dataset, workdir)
-        write_report(cfg, dataset, workdir, samples, last)
+        if writes:
+            write_report(cfg, dataset, workdir, samples, last)
         return Result(step, True, last.get("eval_loss"), last.get("bits_per_byte"))
 
 
@@ -193,7 +211,7 @@ class Pending:
             "tokens": self.sequences * cfg.data.seq_len,
             **{name: float(values[name]) for name in _FLOAT_METRICS},
             "batch_size": size,
-            "committed": int(values["committed"]),
+            **{n: int(values[n]) for n in ("committed", "extra_passes", "dropped_choices")},
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "data_wait_seconds": self.waited,
@@ -218,10 +236,9 @@ def _finish(
     progress.show(row)
     if not row["committed"]:
         end = row["first_sequence"] + row["batch_size"] - 1
-        print(
+        processes.say(
             f"step {pending.step}: loss or gradient not finite, nothing committed "
-            f"(sequences {row['first_sequence']}..{end})",
-            flush=True,
+            f"(sequences {row['first_sequence']}..{end})"
         )
         if row["bad_steps"] >= cfg.run.max_bad_steps:
             raise RuntimeError(
@@ -230,15 +247,43 @@ def _finish(
             )
 
 
+class Feed:
+    """A process' share of every micro-batch, and how the shares become arrays over the mesh."""
+
+    def __init__(self, cfg: ExperimentConfig, mesh: Mesh) -> None:
+        n_micro = cfg.batch.end // cfg.batch.micro_batch
+        self._shape = (n_micro, cfg.batch.micro_batch, cfg.data.seq_len + 1)
+        self._whole = NamedSharding(mesh, P())
+        self.place = NamedSharding(mesh, rules_of(cfg).spec(None, "batch", None))
+        """Where a batch `[M, B, S]` lives."""
+        self.rows = processes.held(self.place, self._shape, axis=1)
+        """The rows of a micro-batch that devices of this process hold."""
+
+    def on_devices(self, batch: HostBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Tokens and segments `[M, B, S]`, each device with its rows alone, and `n_micro`."""
+        tokens_MBS, segments_MBS = (
+            processes.joined(self.place, self._shape, 1, self.rows, rows_MRS)
+            for rows_MRS in (batch.tokens_MRS, batch.segments_MRS)
+        )
+        return (
+            tokens_MBS,
+            segments_MBS,
+            processes.placed(np.asarray(batch.n_micro, np.int32), self._whole),
+        )
+
+
 class Evaluation:
     """Held-out loss of the raw and the averaged weights, in nats a token and bits a byte."""
 
-    def __init__(self, cfg: ExperimentConfig, dataset: Dataset) -> None:
+    def __init__(self, cfg: ExperimentConfig, dataset: Dataset, mesh: Mesh) -> None:
         self._cfg = cfg
         self._eval_step = make_eval_step(cfg)
         self._rows = min(cfg.run.eval_sequences, len(dataset.heldout.tokens_NS))
         self._dataset = dataset
         self._bytes = dataset.heldout_bytes(self._rows)
+        self._shape = (cfg.batch.micro_batch, cfg.data.seq_len + 1)
+        self._place = NamedSharding(mesh, rules_of(cfg).spec("batch", None))
+        self._held = processes.held(self._place, self._shape, axis=0)
 
     def due(self, step: int) -> bool:
         """Whether the parameters before `step` are to be evaluated."""
@@ -263,20 +308,35 @@ class Evaluation:
         nats, count = 0.0, 0
         held = self._dataset.heldout
         for start in range(0, self._rows, size):
-            end = min(start + size, self._rows)
-            padding = ((0, size - (end - start)), (0, 0))
-            tokens = np.pad(held.tokens_NS[start:end], padding)
-            segments = np.pad(held.segments_NS[start:end], padding)
+            tokens, segments = (
+                self._on_devices(rows_NS, start) for rows_NS in (held.tokens_NS, held.segments_NS)
+            )
             some, n = jax.device_get(self._eval_step(params, router_state, tokens, segments))
             nats, count = nats + float(some), count + int(n)
         return nats, count
 
+    def _on_devices(self, rows_NS: np.ndarray, start: int) -> jax.Array:
+        """The rows from `start` on, each device with its own alone."""
+        wanted = start + np.asarray(self._held)
+        there = wanted < self._rows
+        rows_RS = np.zeros((len(wanted), self._shape[1]), rows_NS.dtype)
+        rows_RS[there] = rows_NS[wanted[there]]
+        return processes.joined(self._place, self._shape, 0, self._held, rows_RS)
+
 
 class StopSignal:
-    """SIGTERM and SIGINT ask the loop to save and end; a second one ends the process at once."""
+    """SIGTERM and SIGINT ask the loop to save and end; a second one ends the process at once.
+
+    One process that is asked is enough for all to end, at the same step.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._together = processes.StopTogether()
+
+    def due(self, step: int) -> bool:
+        """Whether to end before `step`; asked before each step in turn."""
+        return self._together.due(step, self.requested)
 
     def __enter__(self) -> "StopSignal":
         # Python takes handlers on the main thread only.
@@ -321,15 +381,29 @@ class Trace:
             self._running = False
 
 
+def _found(workdir: epath.Path, cfg: ExperimentConfig) -> checkpoint.Checkpoint | None:
+    """The checkpoint to continue from, as the writer finds it."""
+
+    def step() -> int | None:
+        found = checkpoint.check_workdir(workdir, cfg)
+        return None if found is None else found.step
+
+    chosen = processes.decided(step)
+    if chosen is None:
+        return None
+    if chosen not in checkpoint.committed_steps(workdir):
+        raise ValueError(
+            f"{workdir}: this process does not see step {chosen}; --workdir must be on a disk that "
+            "all processes share"
+        )
+    return checkpoint.load(workdir, chosen)
+
+
 def _first_state(cfg: ExperimentConfig, mesh: Mesh) -> TrainState:
     if cfg.init_from is None:
         return init_state(cfg, mesh)
-    print(f"starting from the weights of {cfg.init_from}", flush=True)
+    processes.say(f"starting from the weights of {cfg.init_from}")
     return state_around(cfg, *initial_weights(cfg, mesh), mesh)
-
-
-def _on_device(batch: HostBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return jax.device_put((batch.tokens_MBS, batch.segments_MBS, np.int32(batch.n_micro)))
 
 
 def _describe(workdir: epath.Path, cfg: ExperimentConfig, dataset: Dataset) -> None:
@@ -384,9 +458,16 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     workdir = _WORKDIR.value or f"runs/{cfg.name}"
     try:
+        processes.start("train", detect=_DISTRIBUTED.value)
         run(cfg, workdir, profile=profile, check=_CHECK.value)
+        processes.finish()
     except (ValueError, RuntimeError, OSError) as error:
-        return _fail(error, cli.UNUSABLE)
+        return processes.fail("train", error, cli.UNUSABLE)
+    except Exception as error:  # a bug: shown whole here, and the other processes learn of it
+        if processes.count() > 1:
+            traceback.print_exc()
+            processes.fail("train", error, cli.UNUSABLE)
+        raise
     return 0
 
 

@@ -13,6 +13,7 @@ import pytest
 from tests.data import small
 from tests.data.small import opened, three_sources
 from v3jax.config import ExperimentConfig
+from v3jax.data import loader
 from v3jax.data.dataset import Dataset, open_dataset
 from v3jax.data.loader import HostBatch, make_loader
 from v3jax.optim.schedules import batch_plan, batch_size
@@ -23,8 +24,8 @@ def batches(cfg: ExperimentConfig, dataset: Dataset, n: int) -> list[HostBatch]:
 
 
 def rows_of(batch: HostBatch) -> list[bytes]:
-    width = batch.tokens_MBS.shape[-1]
-    return [row.tobytes() for row in batch.tokens_MBS[: batch.n_micro].reshape(-1, width)]
+    width = batch.tokens_MRS.shape[-1]
+    return [row.tobytes() for row in batch.tokens_MRS[: batch.n_micro].reshape(-1, width)]
 
 
 def test_batches_follow_the_ramp(home: Path) -> None:
@@ -36,11 +37,11 @@ def test_batches_follow_the_ramp(home: Path) -> None:
         assert batch.n_micro * 2 == expected == batch_size(cfg.batch, tokens)
         tokens += expected * cfg.data.seq_len
         sizes.append(expected)
-        assert batch.tokens_MBS.shape == batch.segments_MBS.shape == (6, 2, 33)
-        assert batch.tokens_MBS.dtype == batch.segments_MBS.dtype == np.int32
-        assert not batch.tokens_MBS[batch.n_micro :].any()
-        assert not batch.segments_MBS[batch.n_micro :].any()
-        assert (batch.segments_MBS[: batch.n_micro, :, 0] == 1).all()
+        assert batch.tokens_MRS.shape == batch.segments_MRS.shape == (6, 2, 33)
+        assert batch.tokens_MRS.dtype == batch.segments_MRS.dtype == np.int32
+        assert not batch.tokens_MRS[batch.n_micro :].any()
+        assert not batch.segments_MRS[batch.n_micro :].any()
+        assert (batch.segments_MRS[: batch.n_micro, :, 0] == 1).all()
     assert sizes == sorted(sizes)
     assert {4, 6, 8, 10, 12} == set(sizes)
 
@@ -70,8 +71,8 @@ def test_an_epoch_holds_every_row_once_and_the_next_is_in_another_order(home: Pa
 def same(a: HostBatch, b: HostBatch) -> bool:
     return (
         a.n_micro == b.n_micro
-        and (a.tokens_MBS == b.tokens_MBS).all()
-        and (a.segments_MBS == b.segments_MBS).all()
+        and (a.tokens_MRS == b.tokens_MRS).all()
+        and (a.segments_MRS == b.segments_MRS).all()
     )
 
 
@@ -100,6 +101,42 @@ def test_going_back_in_the_same_loader_repeats_the_batches(home: Path) -> None:
     ahead = list(islice(one, 10))
     one.set_state(state)
     assert all(same(a, b) for a, b in zip(ahead, islice(one, 10), strict=True))
+
+
+@pytest.mark.parametrize("held", [[0], [1], [2, 3], [0, 3]])
+def test_processes_read_their_rows_of_the_same_order(home: Path, held: list[int]) -> None:
+    cfg, dataset = opened(home)
+    cfg = replace(cfg, batch=replace(cfg.batch, micro_batch=4))
+    part = make_loader(cfg, dataset, held)
+    for whole in batches(cfg, dataset, 30):
+        some = next(part)
+        assert some.n_micro == whole.n_micro
+        assert (some.tokens_MRS == whole.tokens_MRS[:, held]).all()
+        assert (some.segments_MRS == whole.segments_MRS[:, held]).all()
+    assert part.get_state() == {"sequences": part.sequences, "digest": dataset.digest}
+
+
+def test_the_order_is_that_of_the_mixture_cut_into_batches(home: Path) -> None:
+    """As it was when an iterator of grain's held the position."""
+    cfg, dataset = opened(home)
+    stacked = iter(loader._mixture(cfg, dataset).batch(2, drop_remainder=True).to_iter_dataset())
+    for batch in batches(cfg, dataset, 40):
+        for m in range(batch.n_micro):
+            tokens, segments = next(stacked)
+            assert (batch.tokens_MRS[m] == tokens).all()
+            assert (batch.segments_MRS[m] == segments).all()
+
+
+def test_a_position_of_the_old_form_is_taken(home: Path) -> None:
+    cfg, dataset = opened(home)
+    straight = batches(cfg, dataset, 9)
+    resumed = make_loader(cfg, dataset)
+    n_sequences = sum(2 * batch.n_micro for batch in straight[:6])
+    resumed.set_state(
+        {"sequences": n_sequences, "iterator": {"next_index": 3}, "digest": dataset.digest}
+    )
+    for batch in straight[6:]:
+        assert same(next(resumed), batch)
 
 
 def test_the_state_does_not_depend_on_when_it_is_taken(home: Path) -> None:
@@ -141,7 +178,7 @@ def synthetic(seed: int = 0, **changes: Any) -> tuple[ExperimentConfig, Dataset]
 
 def test_synthetic_data_are_uniform_seeded_and_need_no_corpus() -> None:
     cfg, dataset = synthetic()
-    drawn = np.concatenate([b.tokens_MBS[: b.n_micro].ravel() for b in batches(cfg, dataset, 20)])
+    drawn = np.concatenate([b.tokens_MRS[: b.n_micro].ravel() for b in batches(cfg, dataset, 20)])
     assert (drawn.min(), drawn.max()) == (0, 399)
     counts = np.bincount(dataset.train[0].tokens_NS.ravel(), minlength=400)
     mean = counts.mean()
