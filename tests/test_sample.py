@@ -189,6 +189,16 @@ def test_a_public_directory_continues_as_the_run_it_came_from(public: Path) -> N
     assert "tokens a step of the main model" in last
 
 
+def test_copies_of_experts_change_no_text(tmp_path: Path) -> None:
+    placed = tmp_path / "placement.json"
+    sizes = (f"--run={mini.finished()}", "--replicas=12", "--devices=2", f"--out={placed}")
+    assert mini.call(mini.command(*sizes, program="eplb")).returncode == 0
+    options = (f"--ckpt={mini.finished()}", f"--prompt={PROMPT}", "--tokens=8", "--speculative")
+    plain, copied = sample(*options), sample(*options, f"--redundant={placed}")
+    assert copied.returncode == 0, copied.stderr
+    assert copied.stdout.splitlines()[:-1] == plain.stdout.splitlines()[:-1]
+
+
 def test_prompts_of_a_file_are_continued_in_batches(public: Path, tmp_path: Path) -> None:
     prompts = [PROMPT, "import os", "x = 1"]
     (tmp_path / "prompts.txt").write_text("\n".join([*prompts, "", ""]), encoding="utf-8")
@@ -259,6 +269,7 @@ def test_a_run_directory_needs_nothing_beside_it(tmp_path: Path) -> None:
         (["--ckpt=nowhere", "--top-p=1.5"], 2, "--top-p=1.5"),
         (["--ckpt=nowhere", "--prompt=a", "--prompts-file=b"], 2, "exclude each other"),
         (["--ckpt=nowhere", "--prompts-file=absent.txt"], 1, "absent.txt cannot be read"),
+        (["--ckpt=nowhere", "--redundant=absent.json"], 1, "absent.json: no placement"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], code: int, named: str) -> None:

@@ -3,8 +3,10 @@
 python -m v3jax.sample --ckpt=runs/v3_tiny --prompt="def " [--ema] [--tokens=64] [--speculative]
 python -m v3jax.sample --ckpt=DeepSeek-V3/ --chat [--prompt="Hello"] [--temperature=0.7]
 python -m v3jax.sample --ckpt=runs/v3_tiny --prompts-file=prompts.txt
+python -m v3jax.sample --ckpt=runs/v3_tiny --prompt="def " --redundant=placement.json
 
-`--ckpt` is a run directory, a Hugging Face directory or a conversion of one.
+`--ckpt` is a run directory, a Hugging Face directory or a conversion of one. `--redundant` takes
+the copies of experts that `python -m v3jax.eplb --out` planned; the text is the same.
 """
 
 import functools
@@ -21,6 +23,7 @@ from v3jax.data.dataset import cache_folder
 from v3jax.data.tokenizer import StreamDecoder
 from v3jax.decode import Engine, Stats
 from v3jax.decode.engine import OnTokens
+from v3jax.eplb import Placement, read_placement
 from v3jax.models import Loaded, open_model
 
 _CKPT = flags.DEFINE_string("ckpt", None, "Run directory, Hugging Face directory or conversion.")
@@ -29,6 +32,7 @@ _PROMPTS = flags.DEFINE_string("prompts-file", None, "UTF-8 file with one prompt
 _CHAT = flags.DEFINE_bool("chat", False, "Use the chat template; without --prompt, ask for turns.")
 _SYSTEM = flags.DEFINE_string("system", None, "System message of a chat.")
 _SPECULATIVE = flags.DEFINE_bool("speculative", False, "Draft tokens with the MTP modules.")
+_REDUNDANT = flags.DEFINE_string("redundant", None, "Placement of experts, by v3jax.eplb --out.")
 _EMA = flags.DEFINE_bool("ema", False, "Use a run's averaged weights.")
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Most tokens to generate.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest.", lower_bound=0.0)
@@ -42,7 +46,7 @@ _BATCH = flags.DEFINE_integer("batch", 8, "Prompts of a file run together.", low
 class Sampler:
     """A model with the options of this call; adds up what its generations took."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded, placement: Placement | None = None) -> None:
         self.tokenizer = loaded.tokenizer
         self.chat = ChatTemplate(loaded.chat_template, loaded.tokenizer) if _CHAT.value else None
         self._engine = Engine(
@@ -52,6 +56,7 @@ class Sampler:
             loaded.tokenizer,
             numerics=loaded.numerics,
             speculative=_SPECULATIVE.value,
+            placement=placement,
         )
         self.stats = Stats()
 
@@ -123,7 +128,8 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         prompts = None if _PROMPTS.value is None else read_prompts(Path(_PROMPTS.value))
-        sampler = Sampler(open_model(_CKPT.value, ema=_EMA.value))
+        placement = None if _REDUNDANT.value is None else read_placement(_REDUNDANT.value)
+        sampler = Sampler(open_model(_CKPT.value, ema=_EMA.value), placement)
         if prompts is not None:
             _continue_all(sampler, prompts)
         elif sampler.chat is not None and _PROMPT.value is None:

@@ -25,6 +25,7 @@ from v3jax.decode.cache import new_cache, room_for
 from v3jax.decode.forward import prepare
 from v3jax.decode.sampling import Options
 from v3jax.decode.steps import BURST, PREFILL_CHUNK, Draws, News, State, Static
+from v3jax.eplb import Placement
 from v3jax.model.layers import compute_dtype
 
 OnTokens = Callable[[int, list[int]], None]
@@ -102,9 +103,12 @@ class Engine:
       absorbed: decodes over the latents as they are; False expands keys and values from them.
       place: sharding of the cache, `[rows, room, latent]`, on the mesh that the weights are on;
         None lets jax decide. Rows are padded to a multiple of its shards.
+      placement: experts and their copies in each MoE layer, MTP's last, as `v3jax.eplb.rebalance`
+        has them; None for one of each in order. What is generated does not depend on it.
 
     Raises:
-      ValueError: speculation with a model without MTP modules.
+      ValueError: speculation with a model without MTP modules, or a placement that does not fit
+        the model or the devices its experts are split over.
     """
 
     def __init__(
@@ -118,12 +122,13 @@ class Engine:
         speculative: bool = False,
         absorbed: bool = True,
         place: NamedSharding | None = None,
+        placement: Placement | None = None,
     ) -> None:
         if speculative and not model.mtp_depth:
             raise ValueError("speculative decoding needs MTP modules; this model has none")
         self._static = Static(model, numerics, mtp=speculative, absorbed=absorbed, place=place)
         self._n_tokens = min(tokenizer.vocab_size, model.vocab_size)
-        self._weights = prepare(model, numerics, params, router_state)
+        self._weights = prepare(model, numerics, params, router_state, placement)
         self.tokenizer = tokenizer
 
     def generate(

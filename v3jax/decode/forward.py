@@ -2,7 +2,7 @@
 
 The same modules as in training but for attention and, with few tokens, the experts; parameters are
 taken apart into layers so that no step copies a layer out of a stack. Dims: B rows, T new tokens,
-N = B T, D model, E experts, K experts of a token, F expert width.
+N = B T, D model, E experts, K experts of a token, F expert width, R replicas of experts.
 """
 
 import functools
@@ -14,9 +14,12 @@ from flax import struct
 
 from v3jax.config import ModelConfig, NumericsConfig
 from v3jax.decode.cache import Cache, absorbable, cached_mla
+from v3jax.decode.redundant import check_fits, replicas_of, with_copies
+from v3jax.eplb import Placement
 from v3jax.model.layers import FeedForward, compute_dtype
 from v3jax.model.moe import MoE
 from v3jax.ops import routing
+from v3jax.ops.expert_parallel import experts_here
 from v3jax.ops.norm import rms_norm, swiglu
 from v3jax.sharding import ShardingRules
 
@@ -40,16 +43,36 @@ _KEPT_FP32 = ("gate", "e_score_correction_bias")
 
 
 def prepare(
-    model: ModelConfig, numerics: NumericsConfig, params: Any, router_state: Any
+    model: ModelConfig,
+    numerics: NumericsConfig,
+    params: Any,
+    router_state: Any,
+    placement: Placement | None = None,
 ) -> Weights:
     """Unstacks the layers and casts matrices to the compute type; router and norms stay FP32.
 
-    Arrays stay on the devices and split over the axes they come with.
+    Arrays stay on the devices and split over the axes they come with. With a `placement` experts
+    are replicas `[R, ...]` of the model's.
+
+    Raises:
+      ValueError: a placement for another model, or of replicas that the devices do not divide.
     """
     blocks = []
     for name, count in (("dense_layers", model.n_dense_layers), ("moe_layers", model.n_moe_layers)):
         stack = (params.get(name), router_state.get(name))
         blocks += [_layer(model, numerics, stack, i) for i in range(count)]
+    mtp = [
+        _mtp_module(model, numerics, (params[name], router_state[name]["block"]))
+        for name in (f"mtp_layers_{depth}" for depth in range(model.mtp_depth))
+    ]
+    if placement is not None:
+        check_fits(model, placement)
+        for layer in range(model.n_moe_layers):
+            block, state = blocks[model.n_dense_layers + layer]
+            blocks[model.n_dense_layers + layer] = with_copies(block, placement, layer), state
+        for depth, (module, state) in enumerate(mtp):
+            block = with_copies(module["block"], placement, model.n_moe_layers + depth)
+            mtp[depth] = module | {"block": block}, state
     mixtures = [block for block, state in blocks if state is not None]
     dtype = compute_dtype(numerics)
     return Weights(
@@ -57,10 +80,7 @@ def prepare(
         head_DV=params["lm_head"].astype(dtype),
         norm_D=params["norm"],
         blocks=tuple(blocks),
-        mtp=tuple(
-            _mtp_module(model, numerics, (params[name], router_state[name]["block"]))
-            for name in (f"mtp_layers_{depth}" for depth in range(model.mtp_depth))
-        ),
+        mtp=tuple(mtp),
         split_experts=any(_is_split(block["mlp"]["experts"]) for block in mixtures),
     )
 
@@ -204,10 +224,11 @@ def moe(
 ) -> jax.Array:
     """A mixture's output `[B, T, D]`: training's module, or something quicker for few tokens.
 
-    `split` says that experts lie on several devices.
+    `split` says that experts lie on several devices. Where `params` hold `copies`, experts are the
+    replicas these speak of.
     """
     n_tokens = h_BTD.shape[0] * h_BTD.shape[1]
-    if n_tokens > _FEW_TOKENS:
+    if n_tokens > _FEW_TOKENS and "copies" not in params:
         variables = {"params": params, "router_state": router_state}
         out, _ = cast(Any, MoE(model, numerics, ShardingRules()).apply(variables, h_BTD, None))
         return out
@@ -223,10 +244,14 @@ def moe(
         top_groups=model.top_groups,
         route_scale=model.route_scale,
     )
+    if "copies" in params:
+        experts_NK = replicas_of(params["copies"], experts_NK)
     # Where most experts are chosen, reading all of them side by side is quicker than some in turn;
     # experts of other devices can only be run where they are.
-    most = split or 4 * experts_NK.size > 3 * model.n_experts
+    most = split or 4 * experts_NK.size > 3 * len(params["experts"]["gate_up_proj"])
     run = every_expert if most else each_choice
+    if n_tokens > _FEW_TOKENS:
+        run = sorted_choices
     out_BTD = run(params["experts"], x_ND, experts_NK, gates_NK).reshape(h_BTD.shape)
     if model.n_shared_experts:
         shared = params["shared_experts"]
@@ -236,6 +261,14 @@ def moe(
 
 _FEW_TOKENS = 32
 """So many tokens are run without sorting them into blocks, which costs more than it saves."""
+
+
+def sorted_choices(
+    params: Any, x_ND: jax.Array, experts_NK: jax.Array, gates_NK: jax.Array
+) -> jax.Array:
+    """Runs the choices sorted by expert, training's way."""
+    gate_up_EDF, down_EFD = params["gate_up_proj"], params["down_proj"]
+    return experts_here(len(down_EFD), x_ND, experts_NK, gates_NK, gate_up_EDF, down_EFD)
 
 
 def each_choice(
