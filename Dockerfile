@@ -12,6 +12,7 @@ WORKDIR /opt/v3jax
 COPY constraints.txt setup.cfg pyproject.toml README.md LICENSE ./
 COPY v3jax v3jax
 COPY experiments experiments
+COPY launch launch
 RUN pip install -c constraints.txt ".${EXTRA:+[$EXTRA]}" && mkdir -p /cache /runs
 VOLUME ["/cache", "/runs"]
 WORKDIR /runs
