@@ -16,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -24,13 +25,13 @@ from v3jax import cost, registry
 from v3jax.config import ExperimentConfig
 from v3jax.host import reuse_freed_memory
 
-_MAXTEXT = flags.DEFINE_string("maxtext", None, "Folder of MaxText's environment, made if absent.")
-_STEPS = flags.DEFINE_integer("steps", 20, "Steps to time.")
+MAXTEXT = flags.DEFINE_string("maxtext", None, "Folder of MaxText's environment, made if absent.")
+STEPS = flags.DEFINE_integer("steps", 20, "Steps to time.")
 _HERE = Path(__file__).parent
 
 
-def maxtext_arguments(cfg: ExperimentConfig) -> list[str]:
-    """MaxText's options for the shapes of `cfg`."""
+def maxtext_arguments(cfg: ExperimentConfig, n_devices: int = 1, **changes: Any) -> list[str]:
+    """MaxText's options for the shapes of `cfg` on so many devices."""
     model = cfg.model
     options = {
         "model_name": "deepseek3-671b",
@@ -52,7 +53,7 @@ def maxtext_arguments(cfg: ExperimentConfig) -> list[str]:
         "v_head_dim": model.v_head_dim,
         "vocab_size": model.vocab_size,
         "max_target_length": cfg.data.seq_len,
-        "per_device_batch_size": cfg.batch.end,
+        "per_device_batch_size": cfg.batch.end // n_devices,
         "routed_bias": True,
         "routed_bias_update_rate": cfg.balance.bias_speed[0][1],
         "mtp_num_layers": model.mtp_depth,
@@ -75,11 +76,16 @@ def maxtext_arguments(cfg: ExperimentConfig) -> list[str]:
         "tokenizer_path": "deepseek-ai/DeepSeek-V3",
         "run_name": "v3_peer",
     }
-    return [f"{name}={value}" for name, value in options.items()]
+    return [f"{name}={value}" for name, value in (options | changes).items()]
 
 
-def time_maxtext(cfg: ExperimentConfig, folder: Path, n_steps: int) -> Timing:
-    """Installs MaxText if need be, runs its trainer in a process of its own, reads its times."""
+def time_maxtext(
+    cfg: ExperimentConfig, folder: Path, n_steps: int, n_devices: int = 1, **changes: Any
+) -> Timing:
+    """Installs MaxText if need be, runs its trainer in a process of its own, reads its times.
+
+    `n_devices` are CPU devices; `changes` are options of MaxText's.
+    """
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
@@ -89,8 +95,18 @@ def time_maxtext(cfg: ExperimentConfig, folder: Path, n_steps: int) -> Timing:
     options = [f"base_output_directory={folder / 'out'}", f"steps={n_steps + 5}"]
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
     result = subprocess.run(
-        [str(python), str(_HERE / "maxtext_peer.py"), *maxtext_arguments(cfg), *options],
-        env=environment | {"JAX_PLATFORMS": "cpu", "DECOUPLE_GCLOUD": "TRUE"},
+        [
+            str(python),
+            str(_HERE / "maxtext_peer.py"),
+            *maxtext_arguments(cfg, n_devices, **changes),
+            *options,
+        ],
+        env=environment
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "DECOUPLE_GCLOUD": "TRUE",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}",
+        },
         cwd=folder,
         capture_output=True,
         text=True,
@@ -121,11 +137,11 @@ def main(argv: list[str]) -> None:
         )
 
     for name, run in (("", cfg), (" with MTP", mtp)):
-        ours = [time_step(run, _STEPS.value)]
+        ours = [time_step(run, STEPS.value)]
         peer = None
-        if _MAXTEXT.value:
-            peer = time_maxtext(run, Path(_MAXTEXT.value).resolve(), _STEPS.value)
-            ours.append(time_step(run, _STEPS.value))
+        if MAXTEXT.value:
+            peer = time_maxtext(run, Path(MAXTEXT.value).resolve(), STEPS.value)
+            ours.append(time_step(run, STEPS.value))
         wall = statistics.mean(timing.wall for timing in ours)
         cpu = statistics.mean(timing.cpu for timing in ours)
         row(f"v3jax{name}", run, wall, cpu)

@@ -2,16 +2,19 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from v3jax import objective
 from v3jax.config import ExperimentConfig
+from v3jax.sharding import BATCH_AXES
 from v3jax.state import init_state
 from v3jax.step import make_train_step
 
@@ -26,19 +29,51 @@ class Timing:
     compile_seconds: float
 
 
-def time_step(cfg: ExperimentConfig, n_steps: int = 15, warmup: int = 3) -> Timing:
+def time_step(
+    cfg: ExperimentConfig, n_steps: int = 15, warmup: int = 3, mesh: Mesh | None = None
+) -> Timing:
     """Times the experiment's own jitted step at its full batch, each step waited for."""
+    return _timed(stepper(cfg, mesh), n_steps, warmup)
+
+
+def stepper(cfg: ExperimentConfig, mesh: Mesh | None = None) -> Callable[[], Any]:
+    """A function that takes one more step each time, on a batch placed over the mesh if any."""
     tokens, segments = _random_batch(cfg)
-    step = make_train_step(cfg)
     count = jnp.asarray(len(tokens), jnp.int32)
-    state = init_state(cfg)
+    step, state = make_train_step(cfg, mesh), init_state(cfg, mesh)
+    if mesh is not None:
+        place = NamedSharding(mesh, P(None, BATCH_AXES))
+        tokens, segments = jax.device_put((tokens, segments), place)
+        count = jax.device_put(count, NamedSharding(mesh, P()))
 
     def once() -> Any:
         nonlocal state
         state, metrics = step(state, tokens, segments, count)
         return metrics
 
-    return _timed(once, n_steps, warmup)
+    def once_on_mesh() -> Any:
+        assert mesh is not None
+        with jax.set_mesh(mesh):
+            return once()
+
+    return once if mesh is None else once_on_mesh
+
+
+def time_by_turns(
+    steppers: Mapping[str, Callable[[], Any]], n_steps: int = 15, warmup: int = 3
+) -> dict[str, Timing]:
+    """Times several programs, one step of each in turn, so that all meet the same neighbours."""
+    compiled, stamps = {}, {name: [] for name in steppers}
+    for name, once in steppers.items():
+        start = time.perf_counter()
+        jax.block_until_ready(once())
+        compiled[name] = time.perf_counter() - start
+    for i in range(warmup + n_steps):
+        for name, once in steppers.items():
+            took = _once(once)
+            if i >= warmup:
+                stamps[name].append(took)
+    return {name: _timing(stamps[name], compiled[name]) for name in steppers}
 
 
 def time_gradient(cfg: ExperimentConfig, n_steps: int = 15, warmup: int = 3) -> Timing:
@@ -67,16 +102,18 @@ def _random_batch(cfg: ExperimentConfig) -> tuple[jax.Array, jax.Array]:
 
 
 def _timed(once: Callable[[], Any], n_steps: int, warmup: int) -> Timing:
-    start = time.perf_counter()
+    return time_by_turns({"": once}, n_steps, warmup)[""]
+
+
+def _once(once: Callable[[], Any]) -> tuple[float, float]:
+    """Wall and CPU seconds of one step."""
+    wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(once())
-    compile_seconds = time.perf_counter() - start
-    wall, cpu = [], []
-    for _ in range(warmup + n_steps):
-        wall_start, cpu_start = time.perf_counter(), time.process_time()
-        jax.block_until_ready(once())
-        wall.append(time.perf_counter() - wall_start)
-        cpu.append(time.process_time() - cpu_start)
-    wall, cpu = wall[warmup:], cpu[warmup:]
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _timing(stamps: list[tuple[float, float]], compile_seconds: float) -> Timing:
+    wall, cpu = zip(*stamps, strict=True)
     return Timing(statistics.median(wall), min(wall), statistics.median(cpu), compile_seconds)
 
 
