@@ -522,33 +522,6 @@ def test_four_devices_in_order_give_the_run_of_one_process_to_the_last_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", FOUR)
-def test_four_processes_give_nearly_the_run_of_one(
-    launch: Launch, tmp_path: Path, mesh: str
-) -> None:
-    arguments = settings(*FOUR[mesh], "run.total_tokens=1024")
-    (tmp_path / "one").mkdir()
-    one = one_process(tmp_path / "one", 4, *arguments)
-    assert_all_end_well(launch(4, tmp_path / "run", *arguments))
-    nearly_equal(tmp_path / "run", one)
-
-
-@pytest.mark.slow
-def test_two_processes_then_one_then_four_see_the_same_data(
-    launch: Launch, tmp_path: Path, whole: Path
-) -> None:
-    workdir = tmp_path / "run"
-    for n, mesh, tokens in (
-        (2, ("mesh.data=2",), 1024),
-        (1, (), 2560),
-        (4, FOUR["expert"], 36 * 4 * 32),
-    ):
-        arguments = settings(*mesh, f"run.total_tokens={tokens}", "run.eval_every=0")
-        assert_all_end_well(launch(n, workdir, *arguments))
-    assert_same_data_nearly_same_floats(workdir, whole)
-
-
-@pytest.mark.slow
 @pytest.mark.faults
 def test_a_failed_save_ends_every_process(launch: Launch, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
