@@ -301,6 +301,20 @@ def test_training_stops_after_so_many_bad_steps_in_a_row(
     checkpoint.verify(tmp_path, 8 if 8 in checkpoint.committed_steps(tmp_path) else 4)
 
 
+def test_fp64_is_fp64_in_the_program_too(tmp_path: Path) -> None:
+    """jax makes FP32 of FP64 in silence unless it is told not to."""
+    changes = ("numerics.compute=fp64", "numerics.moments=fp32", "run.total_tokens=64")
+    arguments = [word for change in changes for word in ("--set", change)]
+    done = mini.call(mini.train_command(tmp_path / "run", *arguments))
+    assert done.returncode == 0, done.stderr
+    found = checkpoint.latest(tmp_path / "run")
+    assert found is not None
+    arrays = found.manifest["arrays"]
+    kinds = {a["dtype"] for name, a in arrays.items() if name.split(".")[0] in ("params", "ema")}
+    kinds |= {a["dtype"] for name, a in arrays.items() if ".mu." in name or ".nu." in name}
+    assert kinds == {"float64"}
+
+
 @pytest.mark.slow
 def test_an_absurd_learning_rate_ends_with_one_line(tmp_path: Path) -> None:
     done = mini.call(

@@ -93,6 +93,8 @@ def run(
       RuntimeError: too many steps in a row without a finite loss, or a failed save.
     """
     workdir = epath.Path(workdir)
+    if cfg.numerics.compute == "fp64":
+        jax.config.update("jax_enable_x64", True)  # without it jax makes FP32 of it, in silence
     # ---- Who runs where. The directory is judged before anything in it changes.
     processes.agree(config.flatten(cfg) | {"--workdir": workdir, "--check": check})
     found = _found(workdir, cfg)
