@@ -21,12 +21,19 @@ shift 2
 me=${{JAX_PROCESS_ID:-0}}
 told=0
 trap 'told=$((told + 1)); echo "told $me"' TERM
+touch "$0.$me" # now it hears
 echo "process $me of ${{JAX_NUM_PROCESSES:-1}} at ${{JAX_COORDINATOR_ADDRESS:-nowhere}}: $*"
 wait=''
 for word in "$@"; do
   case $word in
     --workdir=*) workdir=${{word#*=}} ;;
-    --fail=*) [[ $me == "${{word#*=}}" ]] && exit 7 ;;
+    --fail=*)
+      if [[ $me == "${{word#*=}}" ]]; then
+        for ((i = 0; i < JAX_NUM_PROCESSES; i++)); do
+          until [[ -e $0.$i ]]; do sleep 0.05; done
+        done
+        exit 7
+      fi ;;
     --code=*) exit "${{word#*=}}" ;;
     --list) echo "v3_full      a line"; echo "v3_sft       a line"; exit ;;
     --wait) wait=yes ;;
