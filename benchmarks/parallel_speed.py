@@ -7,7 +7,9 @@ The eight devices share this machine's cores and memory, so times say what the p
 copy, not what a network would do to them; CPU seconds are the fairer column on a shared machine.
 Shapes are those of `v3_peer`, a sequence a device. MaxText's `EP 8` computes every expert for every
 token: its dropless exchange does not run on CPU. Ours is timed before and after MaxText and the two
-are averaged. The second table steps `v3_tiny`, and `v3_small` cut to 2 sequences of 512, by turns
+are averaged. `gradients alone` is eight times what one device takes for the gradient of one
+sequence with all experts at home, without exchange or update: what eight programs of this size
+cost before they exchange anything. The second table steps `v3_tiny`, and `v3_small` cut to 2 sequences of 512, by turns
 with a mesh of one device and with none.
 """
 
@@ -19,7 +21,7 @@ import jax
 from absl import app, flags
 
 from benchmarks.step_speed import MAXTEXT, STEPS, time_maxtext
-from benchmarks.timing import Timing, stepper, time_by_turns, time_step
+from benchmarks.timing import Timing, stepper, time_by_turns, time_gradient, time_step
 from v3jax import registry
 from v3jax.config import ExperimentConfig, MeshConfig
 from v3jax.host import reuse_freed_memory
@@ -65,6 +67,10 @@ def print_eight(folder: Path | None, n_steps: int) -> None:
         print_row(name, tokens, Timing(wall, wall, cpu, rounds[0][name].compile_seconds))
     for name, timing in peers.items():
         print_row(name, tokens, timing)
+    one = replace(cfg, batch=replace(cfg.batch, micro_batch=1, start=1, end=1))
+    alone = time_gradient(one, n_steps)
+    scaled = (DEVICES * alone.wall, DEVICES * alone.wall_min, DEVICES * alone.cpu)
+    print_row("gradients alone", tokens, Timing(*scaled, alone.compile_seconds))
 
 
 def print_row(name: str, tokens: int, timing: Timing) -> None:

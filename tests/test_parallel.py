@@ -200,7 +200,9 @@ def test_the_function_under_pjit_gives_the_same_loss_and_gradients() -> None:
                 (total, parts), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
                     state.params
                 )
-                nll = make_eval_step(cfg)(state.params, state.router_state, tokens, segments)
+                inputs = (state.params, state.router_state, tokens, segments)
+                nll = jax.jit(functools.partial(objective.eval_loss, cfg, rules=rules_of(cfg)))
+                nll = (nll(*inputs), make_eval_step(cfg, mesh)(*inputs))
                 counts = parts.load_LE
             found.append(jax.device_get((total, gradients, nll, counts)))
     close(found[1], found[0])

@@ -59,11 +59,34 @@ def make_train_step(
     return jax.jit(manual, donate_argnums=0, out_shardings=pinned)
 
 
-def make_eval_step(cfg: ExperimentConfig, rules: ShardingRules | None = None) -> Any:
-    """The jitted `(params, router_state, tokens_BS, segments_BS) -> (nll sum in nats, targets)`."""
-    return jax.jit(
-        lambda p, r, tokens, segments: objective.eval_loss(cfg, p, r, tokens, segments, rules)
+def make_eval_step(
+    cfg: ExperimentConfig,
+    mesh: Mesh | AbstractMesh | None = None,
+    rules: ShardingRules | None = None,
+) -> Any:
+    """The jitted `(params, router_state, tokens_BS, segments_BS) -> (nll sum in nats, targets)`.
+
+    With a mesh, the parameters live where a state keeps them; call it under `jax.set_mesh(mesh)`.
+    """
+    rules = rules or rules_of(cfg)
+    parallel = Parallel.over(cfg, mesh, rules)
+
+    def step(params: Any, router_state: Any, tokens_BS: jax.Array, segments_BS: jax.Array) -> Any:
+        params = parallel.gather(params)
+        nll = objective.eval_loss(cfg, params, router_state, tokens_BS, segments_BS, rules)
+        return parallel.total(nll)
+
+    if mesh is None:
+        return jax.jit(step)
+    batch = P(BATCH_AXES)
+    manual = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(parallel.places, P(), batch, batch),
+        out_specs=P(),
+        check_vma=False,
     )
+    return jax.jit(manual)
 
 
 @dataclass(frozen=True)

@@ -279,7 +279,7 @@ class Evaluation:
 
     def __init__(self, cfg: ExperimentConfig, dataset: Dataset, mesh: Mesh) -> None:
         self._cfg = cfg
-        self._eval_step = make_eval_step(cfg)
+        self._eval_step = make_eval_step(cfg, mesh)
         self._rows = min(cfg.run.eval_sequences, len(dataset.heldout.tokens_NS))
         self._dataset = dataset
         self._bytes = dataset.heldout_bytes(self._rows)

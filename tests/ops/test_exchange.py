@@ -13,7 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 from v3jax.config import MeshConfig
 from v3jax.ops.dispatch import n_blocks_for
-from v3jax.ops.exchange import exchange, exchange_back, gathered_all_to_all, make_route
+from v3jax.ops.exchange import (
+    Chunks,
+    _pick_from_all,
+    exchange,
+    exchange_back,
+    make_route,
+)
 from v3jax.sharding import make_mesh
 
 N_SENT, WIDTH = 12, 3
@@ -25,8 +31,12 @@ def loads(n_devices: int, n_slots: int, pattern: str) -> np.ndarray:
     bins = n_devices * n_slots
     load = np.zeros((n_devices, bins), np.int32)
     for sender in range(n_devices):
-        n_rows = rng.integers(0, N_SENT + 1)
-        chosen = rng.integers(0, bins, n_rows) if pattern == "random" else np.full(n_rows, bins - 1)
+        n_rows = N_SENT if pattern == "even" else rng.integers(0, N_SENT + 1)
+        chosen = {
+            "random": rng.integers(0, bins, n_rows),
+            "even": np.arange(n_rows) % bins,
+            "last": np.full(n_rows, bins - 1),
+        }[pattern]
         np.add.at(load[sender], chosen, 1)
     return load
 
@@ -49,7 +59,15 @@ def sent_rows(n_devices: int) -> np.ndarray:
     return rows.reshape(n_devices, N_SENT, WIDTH)
 
 
-CASES = [(2, 1, "random"), (4, 1, "last"), (8, 1, "random"), (4, 3, "random"), (8, 2, "last")]
+CASES = [
+    (2, 1, "random"),
+    (4, 1, "last"),
+    (8, 1, "random"),
+    (4, 3, "random"),
+    (8, 2, "last"),
+    (4, 2, "even"),
+    (8, 1, "even"),
+]
 
 
 @pytest.mark.parametrize(("n_devices", "n_slots", "pattern"), CASES)
@@ -104,24 +122,24 @@ def test_each_way_is_the_others_gradient() -> None:
 
 
 def test_the_portable_collective_follows_jaxs_contract() -> None:
-    """The example of `jax.lax.ragged_all_to_all`'s documentation, output kept where nothing lands.
+    """The example of `jax.lax.ragged_all_to_all`'s documentation, zeros where nothing lands.
 
     Device 0 sends [1] to itself and [2, 2] to device 1; device 1 sends [3] and [4].
     """
-    arrays = (
-        np.array([[1, 2, 2], [3, 4, 0]]),
-        np.array([[9, 9, 9, 9], [9, 9, 9, 9]]),
-        np.array([[0, 1], [0, 1]]),
-        np.array([[1, 2], [1, 1]]),
-        np.array([[0, 0], [1, 2]]),
-        np.array([[1, 1], [2, 1]]),
+    rows = np.array([[1, 2, 2], [3, 4, 0]])
+    into = Chunks(
+        start_C=jnp.array([[0, 1], [0, 2]]),
+        size_C=jnp.array([[1, 1], [2, 1]]),
+        far_C=jnp.array([[0, 0], [1, 1]]),
     )
 
     def run(*arrays: jax.Array) -> jax.Array:
-        return gathered_all_to_all(*arrays, axis_name="expert")
+        rows, *chunks = arrays
+        return _pick_from_all(rows, 4, Chunks(*chunks), "expert")
 
-    found = over_devices(2, run, *(a.astype(np.int32) for a in arrays))
-    assert found.tolist() == [[1, 3, 9, 9], [2, 2, 4, 9]]
+    arrays = [rows, *jax.tree.leaves(into)]
+    found = over_devices(2, run, *(np.asarray(a, np.int32) for a in arrays))
+    assert found.tolist() == [[1, 3, 0, 0], [2, 2, 4, 0]]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32, jnp.float8_e4m3fn])

@@ -23,6 +23,8 @@ class Blocks:
     n_used: jax.Array
     """Blocks that hold at least one token, int32; they come first."""
     block: int = struct.field(pytree_node=False)
+    roomy: bool = struct.field(pytree_node=False, default=False)
+    """Whether many blocks are expected to be unused, as in a receive buffer."""
 
 
 @struct.dataclass

@@ -3,12 +3,10 @@
 Every device has rows sorted by bin, and every bin belongs to one device of the axis: a node, or an
 expert. `exchange` brings all rows of a bin together on its device, bins in order and each on a
 block boundary, rows of one bin by sender; `exchange_back` is the mirror. Each is the other's
-gradient. Only grouped collectives are used (all-gather, ragged all-to-all), no permutes, so that
+gradient. Only grouped collectives are used (all-gather, all-to-all), no permutes, so that
 both may stand in a branch that only some devices take, if all of the axis do.
 Dims: P devices of the axis, S slots (bins of one device), C = P S chunks, N rows.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +17,26 @@ from v3jax.ops.dispatch import Blocks
 
 
 @struct.dataclass
+class Chunks:
+    """The chunks of rows that leave one device, or those that reach it; all int32 `[C]`."""
+
+    start_C: jax.Array
+    """First row of each chunk on this device."""
+    size_C: jax.Array
+    far_C: jax.Array
+    """First row of each chunk on the device at its other end."""
+
+
+@struct.dataclass
 class Route:
-    """Where chunks of rows leave from and land, seen from one device; all int32 `[C]`.
+    """Where chunks of rows leave from and land, seen from one device.
 
     A chunk is what one device sends to one bin. Outgoing chunks are listed by bin, incoming ones
     by sender, then slot.
     """
 
-    out_start_C: jax.Array
-    """First row of each outgoing chunk here."""
-    out_size_C: jax.Array
-    out_land_C: jax.Array
-    """First row of each outgoing chunk on the device it goes to."""
-    in_start_C: jax.Array
-    """First row of each incoming chunk here."""
-    in_size_C: jax.Array
-    in_home_C: jax.Array
-    """First row of each incoming chunk on the device it came from."""
+    out: Chunks
+    into: Chunks
     axis: str = struct.field(pytree_node=False)
     n_sent: int = struct.field(pytree_node=False)
     """Rows of the buffer on the sending side."""
@@ -68,12 +69,8 @@ def make_route(
             return x_PC.reshape(n_devices, n_devices, -1)[:, me].reshape(-1)
 
         route = Route(
-            out_start_C=start_PC[me],
-            out_size_C=load_C,
-            out_land_C=land_PC[me],
-            in_start_C=mine(land_PC),
-            in_size_C=mine(load_PC),
-            in_home_C=mine(start_PC),
+            out=Chunks(start_PC[me], load_C, land_PC[me]),
+            into=Chunks(mine(land_PC), mine(load_PC), mine(start_PC)),
             axis=axis,
             n_sent=n_sent,
             n_received=n_blocks * block,
@@ -84,6 +81,7 @@ def make_route(
             expert_M=jnp.minimum(slot_M, end_S.shape[0] - 1).astype(jnp.int32),
             n_used=end_S[-1].astype(jnp.int32),
             block=block,
+            roomy=True,
         )
         return route, blocks
 
@@ -91,29 +89,13 @@ def make_route(
 @jax.custom_vjp
 def exchange(rows_N: jax.Array, route: Route) -> jax.Array:
     """Rows `[n_sent, ...]` to the devices of their bins: `[n_received, ...]`, the rest zeros."""
-    return ragged_all_to_all(
-        rows_N,
-        jnp.zeros((route.n_received, *rows_N.shape[1:]), rows_N.dtype),
-        route.out_start_C,
-        route.out_size_C,
-        route.out_land_C,
-        route.in_size_C,
-        axis_name=route.axis,
-    )
+    return _travel(rows_N, route.n_received, route.out, route.into, route)
 
 
 @jax.custom_vjp
 def exchange_back(rows_N: jax.Array, route: Route) -> jax.Array:
     """Rows `[n_received, ...]` to where they came from: `[n_sent, ...]`, the rest zeros."""
-    return ragged_all_to_all(
-        rows_N,
-        jnp.zeros((route.n_sent, *rows_N.shape[1:]), rows_N.dtype),
-        route.in_start_C,
-        route.in_size_C,
-        route.in_home_C,
-        route.out_size_C,
-        axis_name=route.axis,
-    )
+    return _travel(rows_N, route.n_sent, route.into, route.out, route)
 
 
 exchange.defvjp(
@@ -126,57 +108,40 @@ exchange_back.defvjp(
 )
 
 
-def ragged_all_to_all(
-    operand: jax.Array,
-    output: jax.Array,
-    input_offsets: jax.Array,
-    send_sizes: jax.Array,
-    output_offsets: jax.Array,
-    recv_sizes: jax.Array,
-    *,
-    axis_name: str,
-) -> jax.Array:
-    """`jax.lax.ragged_all_to_all` on TPU and GPU, an equal one where XLA has none (CPU)."""
+def _travel(rows_N: jax.Array, n_out: int, out: Chunks, into: Chunks, route: Route) -> jax.Array:
+    """The chunks `out` of every device where its `into` says: `[n_out, ...]`.
 
-    def native(*arrays: Any) -> jax.Array:
-        return lax.ragged_all_to_all(*arrays, axis_name=axis_name)
-
-    def portable(*arrays: Any) -> jax.Array:
-        return gathered_all_to_all(*arrays, axis_name=axis_name)
-
-    arrays = (operand, output, input_offsets, send_sizes, output_offsets, recv_sizes)
-    with jax.named_scope("ragged_all_to_all"):
-        return lax.platform_dependent(*arrays, tpu=native, cuda=native, default=portable)
-
-
-def gathered_all_to_all(
-    operand: jax.Array,
-    output: jax.Array,
-    input_offsets: jax.Array,
-    send_sizes: jax.Array,
-    output_offsets: jax.Array,
-    recv_sizes: jax.Array,
-    *,
-    axis_name: str,
-) -> jax.Array:
-    """As `jax.lax.ragged_all_to_all`: all devices' rows are gathered, each takes what is its own.
-
-    Chunks that land here must not overlap.
+    `jax.lax.ragged_all_to_all` on TPU and GPU; XLA has none for CPU.
     """
-    del send_sizes
-    n_devices = lax.axis_size(axis_name)
-    me = lax.axis_index(axis_name)
-    n_slots = input_offsets.shape[0] // n_devices
-    offsets = jnp.stack([input_offsets, output_offsets]).reshape(2, n_devices, n_slots)
-    offsets = lax.all_gather(offsets, axis_name)[:, :, me]  # [sender, 2, slot]
-    source_C = (offsets[:, 0] + jnp.arange(n_devices)[:, None] * operand.shape[0]).reshape(-1)
-    land_C = jnp.where(recv_sizes > 0, offsets[:, 1].reshape(-1), output.shape[0])
-    order_C = jnp.argsort(land_C)
+
+    def native(rows_N: jax.Array, out: Chunks, into: Chunks) -> jax.Array:
+        empty = jnp.zeros((n_out, *rows_N.shape[1:]), rows_N.dtype)
+        sizes = (out.start_C, out.size_C, out.far_C, into.size_C)
+        return lax.ragged_all_to_all(rows_N, empty, *sizes, axis_name=route.axis)
+
+    def portable(rows_N: jax.Array, out: Chunks, into: Chunks) -> jax.Array:
+        del out
+        return _pick_from_all(rows_N, n_out, into, route.axis)
+
+    with jax.named_scope("ragged_all_to_all"):
+        return lax.platform_dependent(rows_N, out, into, tpu=native, cuda=native, default=portable)
+
+
+def _pick_from_all(rows_N: jax.Array, n_out: int, into: Chunks, axis: str) -> jax.Array:
+    """All devices' rows are gathered, each takes what is its own.
+
+    A branch between exchanges of different widths would copy less, but XLA for CPU lets a later
+    collective overtake one inside a branch, and devices that do so differently hang.
+    """
     # The chunk that a row belongs to is the last one to land at or before it.
-    row_N = jnp.arange(output.shape[0])
-    chunk_N = order_C[jnp.maximum(jnp.searchsorted(land_C[order_C], row_N, side="right") - 1, 0)]
-    within_N = row_N - land_C[chunk_N]
-    arrived_N = (within_N >= 0) & (within_N < recv_sizes[chunk_N])
-    everything = lax.all_gather(operand, axis_name, tiled=True)
-    rows = everything[jnp.where(arrived_N, source_C[chunk_N] + within_N, 0)]
-    return jnp.where(arrived_N.reshape(-1, *[1] * (output.ndim - 1)), rows, output)
+    start_C = jnp.where(into.size_C > 0, into.start_C, n_out)
+    order_C = jnp.argsort(start_C)
+    row_N = jnp.arange(n_out)
+    chunk_N = order_C[jnp.maximum(jnp.searchsorted(start_C[order_C], row_N, side="right") - 1, 0)]
+    within_N = row_N - start_C[chunk_N]
+    arrived_N = (within_N >= 0) & (within_N < into.size_C[chunk_N])
+    n_slots = into.size_C.shape[0] // lax.axis_size(axis)
+    source_N = (chunk_N // n_slots) * rows_N.shape[0] + into.far_C[chunk_N] + within_N
+    everything = lax.all_gather(rows_N, axis, tiled=True)
+    source_N = jnp.where(arrived_N, source_N, everything.shape[0])
+    return jnp.take(everything, source_N, axis=0, mode="fill", fill_value=0)

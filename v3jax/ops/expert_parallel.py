@@ -260,7 +260,8 @@ def _agree(plan: Plan, experts_NK: jax.Array) -> tuple[jax.Array, jax.Array]:
         )
         counts_Q3 = counts_N3.reshape(-1, n_classes, counts_N3.shape[-1]).sum(0)
         # What meets at a device's place in each node, and what the places of a node bring together.
-        counts_Q3 = lax.psum(counts_Q3, "node")
+        if plan.n_nodes > 1:
+            counts_Q3 = lax.psum(counts_Q3, "node")
         counts_RQ3 = lax.all_gather(counts_Q3, "expert")
         g = plan.n_nodes
         to_node, to_fan = counts_RQ3[..., :g], counts_RQ3[..., g : 2 * g]

@@ -30,6 +30,8 @@ def _blocks(x_NI: jax.Array, blocks: Blocks) -> jax.Array:
 
 
 def _gathers(w_EIO: jax.Array, blocks: Blocks) -> bool:
+    if blocks.roomy:
+        return False
     gathered = blocks.expert_M.shape[0] * w_EIO.shape[1] * w_EIO.shape[2] * w_EIO.dtype.itemsize
     return gathered <= _GATHER_BYTES
 

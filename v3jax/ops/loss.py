@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from v3jax.ops.precision import wide
 
 _MAX_CHUNKS = 16
-_MIN_CHUNK = 32
+_MIN_ROWS = 256
+"""Fewer rows make poor matrix products, and each chunk adds to the head's whole gradient (ours)."""
 
 
 def logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
@@ -40,15 +41,16 @@ def linear_cross_entropy(
     return losses.sum(), _unchunk(nlls)
 
 
-def _chunk_size(length: int) -> int:
-    """The largest divisor of `length` that leaves at most 8 chunks' worth of positions each."""
-    wanted = max(_MIN_CHUNK, -(-length // _MAX_CHUNKS))
+def _chunk_size(batch: int, length: int) -> int:
+    """Positions of a chunk: the largest divisor of `length` up to a 16th of it, or up to what
+    makes `_MIN_ROWS` rows of `batch` sequences."""
+    wanted = max(-(-_MIN_ROWS // batch), -(-length // _MAX_CHUNKS))
     return next(size for size in range(min(wanted, length), 0, -1) if length % size == 0)
 
 
 def _chunked(*arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
     """`[B, T, ...] -> [chunks, B, C, ...]`, the batch kept whole so that its sharding stays."""
-    size = _chunk_size(arrays_BT[0].shape[1])
+    size = _chunk_size(*arrays_BT[0].shape[:2])
     return tuple(a.reshape(a.shape[0], -1, size, *a.shape[2:]).swapaxes(0, 1) for a in arrays_BT)
 
 
