@@ -142,9 +142,9 @@ def count_sent(model: ModelConfig, n_nodes: int, seed: int = 0) -> Sent:
         route, _ = make_route(layout.load_E, "node", n_sent=nodes_NH.size, n_blocks=plan.node_rows)
         away_C = jnp.arange(n_nodes) != lax.axis_index("node")
         node_NK = experts_NK // plan.node_experts
-        sent = jnp.sum(route.out_size_C * away_C)
+        sent = jnp.sum(route.out.size_C * away_C)
         flat = jnp.sum(node_NK != lax.axis_index("node"))
-        arrived = jnp.sum(route.in_size_C)
+        arrived = jnp.sum(route.into.size_C)
         return jnp.stack([sent, flat])[None], arrived[None]
 
     logits = np.random.default_rng(seed).standard_normal((n_nodes * TOKENS, model.n_experts))

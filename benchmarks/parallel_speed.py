@@ -9,8 +9,8 @@ Shapes are those of `v3_peer`, a sequence a device. MaxText's `EP 8` computes ev
 token: its dropless exchange does not run on CPU. Ours is timed before and after MaxText and the two
 are averaged. `gradients alone` is eight times what one device takes for the gradient of one
 sequence with all experts at home, without exchange or update: what eight programs of this size
-cost before they exchange anything. The second table steps `v3_tiny`, and `v3_small` cut to 2 sequences of 512, by turns
-with a mesh of one device and with none.
+cost before they exchange anything. The second table steps `v3_tiny`, and `v3_small` cut to 2
+sequences of 512, by turns with a mesh of one device and with none.
 """
 
 import statistics

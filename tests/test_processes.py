@@ -539,6 +539,18 @@ def test_two_processes_then_one_then_four_see_the_same_data(
 
 
 @pytest.mark.slow
+def test_two_processes_start_from_the_same_weights(
+    launch: Launch, tmp_path: Path, whole: Path
+) -> None:
+    changes = ("mesh.data=2", f"init_from={whole}", "run.total_tokens=512", "run.eval_every=1")
+    (tmp_path / "one").mkdir()
+    one = one_process(tmp_path / "one", 2, *settings(*changes))
+    assert_all_end_well(launch(2, tmp_path / "run", *settings(*changes)))
+    assert_same_run(tmp_path / "run", one)
+    assert rows_of(one)[0]["eval_loss"] == pytest.approx(rows_of(whole)[-1]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.faults
 def test_a_failed_save_ends_every_process(launch: Launch, tmp_path: Path) -> None:
     workdir = tmp_path / "run"

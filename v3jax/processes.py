@@ -302,6 +302,22 @@ def _difference(texts: Sequence[Mapping[str, str]]) -> str | None:
     return f"the processes disagree: {'; '.join(differ[:3])}{more}; start all alike"
 
 
+def compiled_together(function: Any) -> Any:
+    """`function`, jitted and always called with arrays of one kind, compiled by all before any
+    runs it: XLA on CPU gives a process 30 s to come to the first collective."""
+    if count() == 1:
+        return function
+    made = []
+
+    def call(*arguments: Any) -> Any:
+        if not made:
+            made.append(function.lower(*arguments).compile())
+            agree({})
+        return made[0](*arguments)
+
+    return call
+
+
 def decided[T](decide: Callable[[], T]) -> T:
     """What `decide` gives on the writer, a JSON value, on every process.
 

@@ -115,6 +115,8 @@ def run(
             preflight(cfg, workdir, dataset, mesh, train_step, feed.place)
             return Result(0, False, None, None)
 
+        train_step = processes.compiled_together(train_step)
+
         # ---- State, new or continued
         if found is None:
             state, start = _first_state(cfg, mesh), 0
@@ -279,7 +281,7 @@ class Evaluation:
 
     def __init__(self, cfg: ExperimentConfig, dataset: Dataset, mesh: Mesh) -> None:
         self._cfg = cfg
-        self._eval_step = make_eval_step(cfg, mesh)
+        self._eval_step = processes.compiled_together(make_eval_step(cfg, mesh))
         self._rows = min(cfg.run.eval_sequences, len(dataset.heldout.tokens_NS))
         self._dataset = dataset
         self._bytes = dataset.heldout_bytes(self._rows)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from v3jax import sharding
+from v3jax import processes, sharding
 from v3jax.config import MeshConfig, ModelConfig, NumericsConfig
 from v3jax.model.transformer import Transformer
 from v3jax.sharding import ShardingRules, make_mesh
@@ -82,10 +82,10 @@ def assemble(like: Any, pieces: Iterable[Piece]) -> Any:
         target = targets[piece.leaf]
         if piece.values.shape == target.shape:
             values = np.ascontiguousarray(piece.values).astype(target.dtype, copy=False)
-            arrays[piece.leaf] = jax.device_put(values, target.sharding)
+            arrays[piece.leaf] = processes.placed(values, target.sharding)
             continue
         if piece.leaf not in arrays:
-            arrays[piece.leaf] = _zeros(target.shape, target.dtype, target.sharding)
+            arrays[piece.leaf] = jnp.zeros(target.shape, target.dtype, device=target.sharding)
         put = _put(target.sharding)
         start = np.array(piece.start, np.int32)
         arrays[piece.leaf] = put(arrays[piece.leaf], piece.values, start)
@@ -94,10 +94,6 @@ def assemble(like: Any, pieces: Iterable[Piece]) -> Any:
     if missing:
         raise ValueError(f"weights: nothing for {', '.join(missing)}")
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in targets])
-
-
-def _zeros(shape: tuple[int, ...], dtype: Any, place: Any) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)()
 
 
 @functools.cache
