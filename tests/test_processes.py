@@ -40,6 +40,17 @@ def processes_run():
     batch = BatchConfig(micro_batch=4, start=4, end=8, ramp_tokens=12 * 4 * 32.0)
     return replace(mini.config(total_tokens=36 * 4 * 32.0), batch=batch)
 """
+_FULL_DISK = """
+from v3jax import checkpoint
+_write = checkpoint.write_whole
+
+def _write_but_no_manifest(file, text):
+    if file.name == "manifest.json":
+        raise OSError(28, "No space left on device")
+    _write(file, text)
+
+checkpoint.write_whole = _write_but_no_manifest
+"""
 N_STEPS = 21
 
 
@@ -82,11 +93,12 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
         *arguments: str,
         devices: int = 1,
         own: Sequence[Sequence[str]] = (),
+        code: str = "",
         **variables: Any,
     ) -> list[Process]:
-        """`own` are arguments and `variables` lists of values for each process."""
+        """`own` are arguments and `variables` lists of values for each process; all run `code`."""
         file = tmp_path / "experiment.py"
-        file.write_text(_FILE)
+        file.write_text(_FILE + code)
         address = f"127.0.0.1:{free_port()}"
         run = []
         for k in range(n):
@@ -553,15 +565,13 @@ def test_two_processes_start_from_the_same_weights(
 @pytest.mark.slow
 @pytest.mark.faults
 def test_a_failed_save_ends_every_process(launch: Launch, tmp_path: Path) -> None:
-    workdir = tmp_path / "run"
-    (workdir / "checkpoints").mkdir(parents=True)
-    (workdir / "checkpoints" / "1").write_text("a file where interrupted saves leave folders")
-    run = launch(2, workdir, "--set", "mesh.data=2", "--set", "run.total_tokens=1e6")
+    arguments = settings("mesh.data=2", "run.total_tokens=1e6")
+    run = launch(2, tmp_path / "run", *arguments, code=_FULL_DISK)
     for k, process in enumerate(run):
         assert process.end() == 1
         (line,) = process.errors
         assert line.startswith(f"v3jax.train: process {k} of 2: ")
-        assert "saving failed" in line
+        assert "saving failed ([Errno 28] No space left on device)" in line
         assert "the previous checkpoint is untouched" in line
 
 
