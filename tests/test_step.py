@@ -20,6 +20,7 @@ from tests.reference.loss import objective as reference
 from tests.reference.transformer import forward
 from v3jax import objective
 from v3jax.config import ExperimentConfig
+from v3jax.model import transformer
 from v3jax.sharding import abstract_mesh, make_mesh
 from v3jax.state import (
     TrainState,
@@ -204,8 +205,10 @@ def test_a_step_with_a_finite_loss_and_a_non_finite_gradient_commits_nothing() -
     cfg = replace(CFG, name="bad_gradient")
     original = objective.loss
 
-    def spoilt(cfg: ExperimentConfig, params: Any, *rest: Any) -> tuple[jax.Array, Any]:
-        total, parts = original(cfg, params, *rest)
+    def spoilt(
+        cfg: ExperimentConfig, params: Any, *rest: Any, **more: Any
+    ) -> tuple[jax.Array, Any]:
+        total, parts = original(cfg, params, *rest, **more)
         return total + jnp.sqrt(0 * jnp.sum(params["norm"])), parts
 
     before = state_of(cfg)
@@ -214,6 +217,19 @@ def test_a_step_with_a_finite_loss_and_a_non_finite_gradient_commits_nothing() -
     assert np.isfinite(float(metrics["loss"]))
     assert int(metrics["committed"]) == 0
     assert bits(replace(after, bad_steps=before.bad_steps)) == bits(before)
+
+
+def test_layers_in_a_loop_give_the_step_of_unrolled_ones() -> None:
+    """Their gradients are added up layer by layer instead of leaf by leaf."""
+    tokens, segments = micro_batches()
+    cfg = replace(CFG, model=small.config(n_layers=4, n_dense_layers=2), name="unrolled")
+    after, metrics = run(cfg, state_of(cfg), tokens, segments, M)
+    looped = replace(cfg, name="looped")
+    with mock.patch.object(transformer, "_UNROLLED", 0):
+        again, others = run(looped, state_of(looped), tokens, segments, M)
+    assert float(others["grad_norm"]) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
+    for a, b in zip(moments(after), moments(again), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
 def test_a_good_step_after_bad_ones_commits_everything_and_clears_their_count() -> None:

@@ -16,6 +16,7 @@ from flax import struct
 
 from v3jax.config import ExperimentConfig
 from v3jax.model.transformer import Output, Transformer, head_weight
+from v3jax.ops.accumulate import Sink
 from v3jax.ops.loss import linear_cross_entropy
 from v3jax.sharding import ShardingRules, rules_of
 
@@ -91,6 +92,7 @@ def forward(
     tokens_BS: jax.Array,
     segments_BS: jax.Array,
     rules: ShardingRules | None = None,
+    sink: Sink | None = None,
 ) -> Output:
     """Runs the network over training rows of T + 1 tokens."""
     inputs_BT = segments_BS[:, :-1]
@@ -103,6 +105,7 @@ def forward(
         ahead=1,
         segments_BT=inputs_BT if cfg.data.isolate_documents else None,
         counted_BS=segments_BS > 0,
+        sink=sink,
     )
 
 
@@ -114,9 +117,13 @@ def loss(
     segments_BS: jax.Array,
     scale: Scale,
     rules: ShardingRules | None = None,
+    sink: Sink | None = None,
 ) -> tuple[jax.Array, LossParts]:
-    """One micro-batch's share of the objective, and its parts for reporting."""
-    out = forward(cfg, params, router_state, tokens_BS, segments_BS, rules)
+    """One micro-batch's share of the objective, and its parts for reporting.
+
+    `sink` is as in `Transformer`.
+    """
+    out = forward(cfg, params, router_state, tokens_BS, segments_BS, rules, sink)
     targets_BT = tokens_BS[:, 1:]
     mask_BT = target_mask(segments_BS, isolate_documents=cfg.data.isolate_documents)
     depth = len(out.mtp_hidden)

@@ -191,14 +191,15 @@ def storage_specs(boxed: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -
     def place(path: Any, spec: P, leaf: Any) -> P:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         _check_divides(name, spec, leaf.shape, sizes)
-        return stored(spec, leaf.shape, sizes, rules, stacked=is_stacked(path))
+        stacked = is_stacked(name.split(".")[0])
+        return stored(spec, leaf.shape, sizes, rules, stacked=stacked)
 
     return jax.tree_util.tree_map_with_path(place, specs(boxed), unbox(boxed))
 
 
-def is_stacked(path: Any) -> bool:
-    """Whether the parameter at a tree path has a leading axis of layers."""
-    return jax.tree_util.keystr(path[:1], simple=True).endswith("_layers")
+def is_stacked(group: str) -> bool:
+    """Whether the parameters of a module of the transformer have a leading axis of layers."""
+    return group.endswith("_layers")
 
 
 def stored(

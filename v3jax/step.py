@@ -20,11 +20,12 @@ from jax.sharding import PartitionSpec as P
 from v3jax import objective, sharding
 from v3jax.config import ExperimentConfig
 from v3jax.objective import LossParts, Scale
+from v3jax.ops.accumulate import Sink, added_up, new_sink, tapped
 from v3jax.optim.adamw import adamw
 from v3jax.optim.ema import update_ema
 from v3jax.optim.router_bias import max_violation, update_bias
 from v3jax.optim.schedules import learning_rate, piecewise, tokens_of
-from v3jax.sharding import BATCH_AXES, ShardingRules, rules_of
+from v3jax.sharding import BATCH_AXES, ShardingRules, is_stacked, rules_of
 from v3jax.state import TrainState, layer_biases, param_specs, state_specs, with_layer_biases
 
 Metrics = dict[str, jax.Array]
@@ -255,21 +256,26 @@ def _accumulate(
     """This device's FP32 gradients and loss parts over the first `n_micro` micro-batches."""
     params = parallel.gather(state.params)
 
-    def one(m: jax.Array) -> tuple[Any, LossParts]:
-        (_, parts), gradients = jax.value_and_grad(
-            lambda p: objective.loss(
-                cfg, p, state.router_state, tokens_MBS[m], segments_MBS[m], scale, parallel.rules
-            ),
-            has_aux=True,
-        )(params)
-        return gradients, parts
+    def loss(params: Any, m: jax.Array | int, sink: Sink | None = None) -> Any:
+        rows = (tokens_MBS[m], segments_MBS[m])
+        return objective.loss(
+            cfg, params, state.router_state, *rows, scale, parallel.rules, sink=sink
+        )
 
     if tokens_MBS.shape[0] == 1:
-        return one(jnp.zeros((), jnp.int32))
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(one, jax.ShapeDtypeStruct((), jnp.int32)),
-    )
-    return jax.lax.fori_loop(
-        0, n_micro, lambda m, total: jax.tree.map(jnp.add, total, one(m)), zeros
-    )
+        return jax.grad(loss, has_aux=True)(params, 0)
+    sink = new_sink(params)
+
+    def add(m: jax.Array, total: LossParts) -> LossParts:
+        def tapped_loss(probe: jax.Array) -> Any:
+            into = Sink(sink.refs, probe)
+            loose = {k: tapped(v, into[k]) for k, v in params.items() if not is_stacked(k)}
+            return loss(params | loose, m, into)
+
+        _, parts = jax.grad(tapped_loss, has_aux=True)(sink.probe)
+        return jax.tree.map(jnp.add, total, parts)
+
+    parts = jax.eval_shape(lambda: loss(params, 0))[1]
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), parts)
+    parts = jax.lax.fori_loop(0, n_micro, add, nothing)
+    return added_up(sink), parts

@@ -17,6 +17,7 @@ from v3jax.model.layers import Module, compute_dtype, whole
 from v3jax.model.moe import RouterStats
 from v3jax.model.mtp import MTPModule
 from v3jax.ops import loss
+from v3jax.ops.accumulate import Sink, tapped
 from v3jax.ops.expert_parallel import no_exchange
 from v3jax.ops.norm import rms_norm
 from v3jax.sharding import ShardingRules, constrain
@@ -46,6 +47,7 @@ class Transformer(Module):
         ahead: int = 0,
         segments_BT: jax.Array | None = None,
         counted_BS: jax.Array | None = None,
+        sink: Sink | None = None,
     ) -> Output:
         """Runs the network.
 
@@ -55,6 +57,7 @@ class Transformer(Module):
             run. With 0 all tokens are inputs and the modules are left out.
           segments_BT: confines attention to equal segments; None sees the whole row.
           counted_BS: bool; tokens that count in loads and the balance loss. None: all.
+          sink: takes the gradients of the stacked layers, named as they are.
         """
         cfg = self.cfg
         init = nn.initializers.normal(cfg.init_std)
@@ -74,9 +77,9 @@ class Transformer(Module):
         shared = (positions_T, segments_BT, counted_BT)
         stats = []
         if cfg.n_dense_layers:
-            x_BTD, _ = self._layers(cfg.n_dense_layers, moe=False)(x_BTD, *shared)
+            x_BTD, _ = self._layers("dense_layers", x_BTD, shared, sink)
         if cfg.n_moe_layers:
-            x_BTD, moe_stats = self._layers(cfg.n_moe_layers, moe=True)(x_BTD, *shared)
+            x_BTD, moe_stats = self._layers("moe_layers", x_BTD, shared, sink)
             stats.append(moe_stats)
         hidden_BTD = rms_norm(x_BTD, final_norm, cfg.norm_eps)
 
@@ -98,19 +101,40 @@ class Transformer(Module):
             stats=_stack_stats(stats, cfg.n_experts),
         )
 
-    def _layers(self, n_layers: int, *, moe: bool) -> nn.Module:
-        scanned = nn.scan(
-            rematerialised(self.numerics, in_scan=True),
-            variable_axes={"params": 0, "router_state": 0},
-            split_rngs={"params": True},
-            in_axes=cast(Any, nn.broadcast),
-            # A few layers unrolled spare copying their activations in and out of the loop.
-            length=n_layers,
-            unroll=n_layers if n_layers <= _UNROLLED else 1,
-            metadata_params={nn.PARTITION_NAME: self.rules.layers},
-        )
-        name = "moe_layers" if moe else "dense_layers"
-        return scanned(self.cfg, self.numerics, self.rules, moe=moe, name=name)
+    def _layers(
+        self, name: str, x_BTD: jax.Array, shared: tuple[Any, ...], sink: Sink | None
+    ) -> tuple[jax.Array, RouterStats | None]:
+        """Runs stacked layers one after the other; their statistics are stacked too."""
+        moe = name == "moe_layers"
+        n_layers = self.cfg.n_moe_layers if moe else self.cfg.n_dense_layers
+        block = rematerialised(self.numerics, in_scan=True)
+        parts = (self.cfg, self.numerics, self.rules)
+        if self.is_initializing():
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0, "router_state": 0},
+                split_rngs={"params": True},
+                in_axes=cast(Any, nn.broadcast),
+                length=n_layers,
+                metadata_params={nn.PARTITION_NAME: self.rules.layers},
+            )
+            return scanned(*parts, moe=moe, name=name)(x_BTD, *shared)
+        layer = block(*parts, moe=moe, name=name, parent=None)
+        variables = {kind: tree[name] for kind, tree in self.variables.items() if name in tree}
+        # A few layers unrolled spare copying their activations in and out of the loop. Their
+        # gradients are joined at once; in a loop each layer's goes into the sink by itself.
+        unrolled, own = n_layers <= _UNROLLED, None if sink is None else sink[name]
+        if unrolled:
+            variables["params"] = tapped(variables["params"], own)
+
+        def one(x_BTD: jax.Array, stacked: Any) -> tuple[jax.Array, Any]:
+            variables, n = stacked
+            if not unrolled:
+                variables = variables | {"params": tapped(variables["params"], own, n)}
+            return cast(Any, layer.apply(variables, x_BTD, *shared))
+
+        unroll = n_layers if unrolled else 1
+        return jax.lax.scan(one, x_BTD, (variables, jnp.arange(n_layers)), unroll=unroll)
 
 
 def _stack_stats(stats: list[RouterStats], n_experts: int) -> RouterStats:
