@@ -317,6 +317,7 @@ def _reduce_scatter(
 
 def add_up(x: jax.Array, axes: tuple[str, ...], rules: ShardingRules) -> jax.Array:
     """The sum over devices along `axes`, in the devices' order if the rules ask for it."""
+    axes = tuple(a for a in axes if jax.lax.axis_size(a) > 1)
     if not axes:
         return x
     if not rules.deterministic or jnp.issubdtype(x.dtype, jnp.integer):
