@@ -4,7 +4,7 @@
 
 A MoE layer of DeepSeek-V3 (width 7168, 256 experts in 8 groups, 8 of 4 groups for a token) with
 4096 tokens a device on 2, 4 and 8 nodes of 8 devices, compiled ahead of time for H100 and TPU v5p
-in BF16. No accelerator is used and nothing here is a time but the compiler's, minutes for v5p. The
+in BF16. No accelerator is used and nothing here is a time but the compiler's. The
 PYTHONs belong to environments with the package and its extra `tpu` or `cuda`; this one by default.
 
 The first table is about hop 1, over `node`. `rows` is what a device hands to the exchange on the
