@@ -1,6 +1,7 @@
 """DeepSeek-V3 as the technical report (arXiv 2412.19437) states it.
 
     python -m v3jax.train --exp=v3_full            # on the pod of its mesh: 2048 accelerators
+    python -m v3jax.aot --exp=v3_full_v5p --target=tpu:v5p:8x8x8   # its step, compiled here
     python -m v3jax.cost --exp=v3_full             # tokens, steps, FLOPs, GPU hours
     python -m v3jax.train --exp=v3_small           # about 100M parameters, one GPU
 
@@ -17,6 +18,7 @@ from v3jax.config import (
     LrPhase,
     MeshConfig,
     ModelConfig,
+    MoEConfig,
     NumericsConfig,
     OptimConfig,
     RunConfig,
@@ -115,6 +117,48 @@ def v3_full() -> ExperimentConfig:
             max_bad_steps=10,
         ),
     )
+
+
+# ---- Layouts of v3_full that need no pipeline. All is ours: the report trains on one cluster.
+
+
+def _unpiped(
+    name: str, mesh: MeshConfig, batch: BatchConfig, *, bound_factor: float = 1.5
+) -> ExperimentConfig:
+    """`v3_full` with weights, moments and gradients split over all devices, gathered layer by
+    layer, and every block computed again in the backward pass: a device keeps a block's input."""
+    full = v3_full()
+    return replace(
+        full,
+        name=name,
+        numerics=replace(full.numerics, remat="full"),
+        mesh=replace(mesh, storage="fsdp"),
+        batch=batch,
+        moe=MoEConfig(bound_factor=bound_factor),
+    )
+
+
+@register
+def v3_full_v5p() -> ExperimentConfig:
+    """v3_full on 512 TPU v5p (8x8x8): experts over an 8x8 plane of the torus, data on the rest."""
+    batch = replace(v3_full().batch, micro_batch=1536)  # three sequences a chip
+    return _unpiped("v3_full_v5p", MeshConfig(data=8, expert=64), batch)
+
+
+@register
+def v3_full_tpu7x() -> ExperimentConfig:
+    """v3_full on 256 TPU7x (4x8x8), 512 devices: as v3_full_v5p."""
+    batch = replace(v3_full().batch, micro_batch=1536)
+    return _unpiped("v3_full_tpu7x", MeshConfig(data=8, expert=64), batch)
+
+
+@register
+def v3_full_h100() -> ExperimentConfig:
+    """v3_full on 2048 H100 (256 hosts of 8): experts over 8 hosts, as in the report."""
+    # One sequence a GPU. 15,360 sequences are 7.5 on each of 2048: the next whole number, and the
+    # first batch in proportion.
+    batch = replace(v3_full().batch, micro_batch=2048, start=4096, end=16_384)
+    return _unpiped("v3_full_h100", MeshConfig(data=32, node=8, expert=8), batch)
 
 
 def scaled_to(cfg: ExperimentConfig, total_tokens: float) -> ExperimentConfig:

@@ -44,6 +44,7 @@ def make_state(seed: int = 0, ema: bool = True) -> TrainState:
         opt_state=moments,
         router_state={"bias": jnp.asarray(rng.normal(size=(2, 8)), jnp.float32)},
         ema={k: v + 1 for k, v in params.items()} if ema else None,
+        averaged=jnp.asarray(4 + seed, jnp.int32),
     )
 
 

@@ -17,7 +17,7 @@ FLOORS = (
     {"config"},
     {"cli", "host", "processes", "registry", "sharding"},
     {"kernels", "eplb"},
-    {"ops"},
+    {"ops", "compiler"},
     {"model", "optim", "data", "rewards"},
     {"objective", "pipeline", "weights"},
     {"state", "step", "checkpoint", "metrics", "progress", "report", "decode", "hf"},
@@ -27,6 +27,7 @@ FLOORS = (
 
 # Folders that may use a neighbour on their floor: importer, imported.
 BESIDE = {
+    ("aot", "cost"),  # measures a program against the model's FLOPs
     ("data", "optim"),  # the loader asks the schedules how large each step's batch is
     ("hf", "checkpoint"),  # conversions commit a manifest as checkpoints do
 }

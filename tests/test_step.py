@@ -4,6 +4,7 @@ Dims: M micro-batches, B sequences, S = T + 1 row, L MoE layers, E experts.
 """
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -21,10 +22,12 @@ from tests.reference.transformer import forward
 from v3jax import objective
 from v3jax.config import ExperimentConfig
 from v3jax.model import transformer
+from v3jax.optim.ema import update_ema
 from v3jax.sharding import abstract_mesh, make_mesh
 from v3jax.state import (
     TrainState,
     abstract_state,
+    catch_up,
     init_state,
     layer_biases,
     state_shardings,
@@ -59,6 +62,7 @@ def state_of(cfg: ExperimentConfig) -> TrainState:
         params=params,
         router_state=small.to_jax(small.router_state(cfg.model)),
         ema=None if state.ema is None else jax.tree.map(jnp.copy, params),
+        averaged=jnp.int32(WARM),
     )
     return jax.device_put(changed, state_shardings(cfg, make_mesh(cfg.mesh)))
 
@@ -237,6 +241,7 @@ def test_a_good_step_after_bad_ones_commits_everything_and_clears_their_count() 
     before = replace(state_of(CFG), bad_steps=jnp.int32(3))
     after, _ = run(CFG, before, tokens, segments, M)
     assert int(after.bad_steps) == 0
+    after = catch_up(CFG, after, make_mesh(CFG.mesh))
     for name in ("params", "opt_state", "router_state", "ema"):
         pairs = zip(bits(getattr(before, name)), bits(getattr(after, name)), strict=True)
         assert all(a != b for a, b in pairs), name
@@ -254,9 +259,35 @@ def test_parameters_and_average_move_by_the_learning_rate() -> None:
     decay = CFG.optim.ema_decay
     assert decay is not None
     old, new = (np.asarray(s.params["lm_head"]) for s in (before, after))
+    after = catch_up(CFG, jax.tree.map(jnp.copy, after), make_mesh(CFG.mesh))
     np.testing.assert_allclose(
         after.ema["lm_head"], decay * old + (1 - decay) * new, rtol=1e-6, atol=1e-7
     )
+
+
+def test_the_average_lags_by_one_update_and_catches_up_to_the_last_bit() -> None:
+    mesh, decay = make_mesh(CFG.mesh), CFG.optim.ema_decay
+    assert decay is not None
+    good = micro_batches()
+    state = state_of(CFG)
+    wanted = state.ema
+    synchronous = jax.jit(lambda ema, params: update_ema(ema, params, decay))
+    for spoilt in (False, False, True, False):  # a step that commits nothing among the others
+        before = state
+        state, _ = run(_spoilt(CFG) if spoilt else CFG, state, *good, M)
+        assert int(state.averaged) == int(before.step)
+        assert bits(state.ema) == bits(wanted)
+        if not spoilt:
+            wanted = synchronous(wanted, state.params)
+        assert int(state.step) == int(before.step) + (not spoilt)
+        caught = catch_up(CFG, jax.tree.map(jnp.copy, state), mesh)
+        assert bits(caught.ema) == bits(wanted)
+        assert bits(catch_up(CFG, caught, mesh).ema) == bits(wanted)  # once is enough
+
+
+def _spoilt(cfg: ExperimentConfig) -> ExperimentConfig:
+    """Whose steps are never finite."""
+    return replace(cfg, mtp_weight=((math.inf, math.nan),))
 
 
 def test_warm_up_starts_at_zero_and_counts_committed_steps() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 """Version of the run directory's checkpoint layout; raised whenever it changes incompatibly."""
 
 Schedule = tuple[tuple[float, float], ...]

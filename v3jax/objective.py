@@ -134,7 +134,7 @@ def loss(
     factors = [jnp.ones(())] + [scale.mtp_weight / depth] * depth
     total, nll = linear_cross_entropy(
         jnp.concatenate([out.hidden_BTD, *out.mtp_hidden], axis=1),
-        head_weight(cfg.model, params, rules or rules_of(cfg)),
+        head_weight(cfg.model, cfg.numerics, params, rules or rules_of(cfg)),
         jnp.concatenate(targets, axis=1),
         jnp.concatenate([w * f for w, f in zip(weights, factors, strict=True)], axis=1),
     )
@@ -191,6 +191,9 @@ def eval_loss(
     )
     mask_BT = target_mask(segments_BS, isolate_documents=cfg.data.isolate_documents)
     total, _ = linear_cross_entropy(
-        out.hidden_BTD, params["lm_head"], tokens_BS[:, 1:], mask_BT.astype(jnp.float32)
+        out.hidden_BTD,
+        head_weight(cfg.model, cfg.numerics, params, rules or rules_of(cfg)),
+        tokens_BS[:, 1:],
+        mask_BT.astype(jnp.float32),
     )
     return total, mask_BT.sum(dtype=jnp.int32)

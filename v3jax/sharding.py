@@ -191,8 +191,10 @@ def storage_specs(boxed: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules) -
     def place(path: Any, spec: P, leaf: Any) -> P:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         _check_divides(name, spec, leaf.shape, sizes)
-        stacked = is_stacked(name.split(".")[0])
-        return stored(spec, leaf.shape, sizes, rules, stacked=stacked)
+        group = name.split(".")[0]
+        return stored(
+            spec, leaf.shape, sizes, rules, stacked=is_stacked(group), columns=is_table(group)
+        )
 
     return jax.tree_util.tree_map_with_path(place, specs(boxed), unbox(boxed))
 
@@ -202,18 +204,24 @@ def is_stacked(group: str) -> bool:
     return group.endswith("_layers")
 
 
+def is_table(group: str) -> bool:
+    """Whether a parameter is looked up by row, so that devices rather hold columns of it."""
+    return group == "embed_tokens"
+
+
 def stored(
     spec: P,
     shape: tuple[int, ...],
     sizes: Mapping[str, int],
     rules: ShardingRules,
     *,
-    stacked: bool,
+    stacked: bool = False,
+    columns: bool = False,
 ) -> P:
     """Where a parameter of this compute spec is stored on a mesh of these axis sizes.
 
     The batch's axes that `spec` leaves free go on the largest whole dimension they divide, the
-    axis of stacked layers excepted; if none is divided, fewer of the axes.
+    axis of stacked layers excepted, or on its `columns`; if none is divided, fewer of the axes.
     """
     if rules.storage == "whole":
         return spec
@@ -225,9 +233,8 @@ def stored(
     for start in range(len(free)):
         extra = free[start:]
         parts = math.prod(sizes[a] for a in extra)
-        fits = [
-            d for d in range(int(stacked), len(shape)) if axes[d] is None and shape[d] % parts == 0
-        ]
+        first = len(shape) - 1 if columns else int(stacked)
+        fits = [d for d in range(first, len(shape)) if axes[d] is None and shape[d] % parts == 0]
         if fits:
             best = max(fits, key=lambda d: shape[d])
             return P(*axes[:best], extra, *axes[best + 1 :])
@@ -255,7 +262,7 @@ def constrain(x: jax.Array, rules: ShardingRules, *logical: str | None) -> jax.A
 # ---- Between storage and computation, inside `jax.shard_map`
 
 
-def _added(spec: P, place: P) -> tuple[int, tuple[str, ...]] | None:
+def added(spec: P, place: P) -> tuple[int, tuple[str, ...]] | None:
     """The dimension that storage splits beyond `spec`, and over which axes."""
     for d, axes in enumerate(place):
         if axes is not None and (d >= len(spec) or spec[d] is None):
@@ -263,27 +270,44 @@ def _added(spec: P, place: P) -> tuple[int, tuple[str, ...]] | None:
     return None
 
 
-def gather(x: jax.Array, spec: P, place: P, rules: ShardingRules) -> jax.Array:
-    """A stored part made whole as far as `spec` asks; its gradient is added up and split again."""
-    added = _added(spec, place)
-    return x if added is None else _gather(x, *added, rules.deterministic)
+def gather(x: jax.Array, spec: P, place: P, rules: ShardingRules, dtype: Any = None) -> jax.Array:
+    """A stored part made whole as far as `spec` asks, in the type `dtype` if one is given.
+
+    It travels in that type; its gradient is added up in the type of `x`, and split again.
+    """
+    extra = added(spec, place)
+    if extra is None:
+        return x if dtype is None else x.astype(dtype)
+    return _gather(x, *extra, rules.deterministic, jnp.dtype(dtype or x.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(x: jax.Array, dim: int, axes: tuple[str, ...], deterministic: bool) -> jax.Array:
-    return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather(
+    x: jax.Array, dim: int, axes: tuple[str, ...], deterministic: bool, dtype: jnp.dtype
+) -> jax.Array:
+    # One axis after the other, innermost first: the same bytes, and on a torus each is a ring. XLA
+    # for TPU makes a sum of zeros and parts, twice the bytes, of a gather over a whole 3-D torus.
+    x = x.astype(dtype)
+    for axis in reversed(axes):
+        x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+    return x
 
 
 def _gather_fwd(
-    x: jax.Array, dim: int, axes: tuple[str, ...], deterministic: bool
-) -> tuple[jax.Array, None]:
-    return _gather(x, dim, axes, deterministic), None
+    x: jax.Array, dim: int, axes: tuple[str, ...], deterministic: bool, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    return _gather(x, dim, axes, deterministic, dtype), jnp.zeros((), x.dtype)
 
 
 def _gather_bwd(
-    dim: int, axes: tuple[str, ...], deterministic: bool, _: None, dout: jax.Array
+    dim: int,
+    axes: tuple[str, ...],
+    deterministic: bool,
+    dtype: jnp.dtype,
+    stored: jax.Array,
+    dout: jax.Array,
 ) -> tuple[jax.Array]:
-    return (_reduce_scatter(dout, dim, axes, deterministic),)
+    return (_reduce_scatter(dout.astype(stored.dtype), dim, axes, deterministic),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
@@ -295,10 +319,10 @@ def reduce(gradient: jax.Array, spec: P, place: P, rules: ShardingRules) -> jax.
     `gradient` has the shape that `spec` says. Axes on which the parameter itself is split hold
     other parameters, not other parts of the batch.
     """
-    added = _added(spec, place)
+    extra = added(spec, place)
     axes: tuple[str, ...] = ()
-    if added is not None:
-        dim, axes = added
+    if extra is not None:
+        dim, axes = extra
         gradient = _reduce_scatter(gradient, dim, axes, rules.deterministic)
     held = (*jax.tree.leaves(tuple(spec)), *axes)
     return add_up(gradient, tuple(a for a in BATCH_AXES if a not in held), rules)
@@ -308,7 +332,9 @@ def _reduce_scatter(
     x: jax.Array, dim: int, axes: tuple[str, ...], deterministic: bool
 ) -> jax.Array:
     if not deterministic:
-        return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+        for axis in axes:
+            x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+        return x
     parts = jax.lax.axis_size(axes)
     split = jnp.moveaxis(x.reshape(*x.shape[:dim], parts, -1, *x.shape[dim + 1 :]), dim, 0)
     mine = jax.lax.all_to_all(split, axes, split_axis=0, concat_axis=0)

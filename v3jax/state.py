@@ -4,7 +4,9 @@ A step commits all of it or nothing. The state is initialised in one jitted call
 in its sharded place. Dims: L MoE layers, E experts.
 """
 
+import functools
 import re
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from v3jax import sharding
 from v3jax.config import ExperimentConfig
 from v3jax.objective import make_model
+from v3jax.optim import ema
 from v3jax.optim.adamw import adamw
 from v3jax.sharding import ShardingRules, rules_of
 
@@ -37,7 +40,10 @@ class TrainState:
     router_state: Any
     """Router biases, FP32; moved by their own rule, never by the optimizer."""
     ema: Any
-    """Moving average of `params`, FP32, or None."""
+    """Moving average of `params`, FP32, or None; in the host's memory on TPU and GPU."""
+    averaged: jax.Array
+    """Step whose parameters the average took in last, int32: `step` or, between steps, the one
+    before (`optim.ema`)."""
 
 
 def init_state(
@@ -80,10 +86,37 @@ def abstract_state(
 def state_shardings(
     cfg: ExperimentConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules | None = None
 ) -> TrainState:
-    """A state of NamedShardings, as `state_specs`."""
-    return jax.tree.map(
+    """A state of NamedShardings, as `state_specs`, the average in the host's memory."""
+    places = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), state_specs(cfg, mesh, rules or rules_of(cfg))
     )
+    kind = ema.memory(mesh)
+    if kind is None:
+        return places
+    return replace(places, ema=jax.tree.map(lambda s: s.with_memory_kind(kind), places.ema))
+
+
+def catch_up(cfg: ExperimentConfig, state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
+    """The state with an average of all its steps; `state` is donated. Call it before the average
+    is evaluated or saved."""
+    if state.ema is None:
+        return state
+    return _catch_up(cfg, mesh)(state)
+
+
+@functools.cache
+def _catch_up(cfg: ExperimentConfig, mesh: Mesh | AbstractMesh) -> Any:
+    decay = cfg.optim.ema_decay or 0.0
+    return jax.jit(
+        lambda state: replace(state, ema=absorbed(state, decay), averaged=state.step),
+        donate_argnums=0,
+        out_shardings=state_shardings(cfg, mesh),
+    )
+
+
+def absorbed(state: TrainState, decay: float) -> Any:
+    """The state's average with the state's own parameters, which it takes in once."""
+    return ema.absorb(state.ema, state.params, state.averaged < state.step, decay)
 
 
 def param_specs(
@@ -124,6 +157,7 @@ def state_specs(
         opt_state=opt_state,
         router_state=router_state,
         ema=params if cfg.optim.ema_decay is not None else None,
+        averaged=whole,
     )
 
 
@@ -147,6 +181,7 @@ def _around(cfg: ExperimentConfig, params: Any, router_state: Any) -> TrainState
         opt_state=adamw(cfg.optim, cfg.numerics.moments).init(params),
         router_state=router_state,
         ema=jax.tree.map(jnp.copy, params) if cfg.optim.ema_decay is not None else None,
+        averaged=jnp.zeros((), jnp.int32),
     )
 
 

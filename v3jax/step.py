@@ -5,10 +5,9 @@ Dims: M micro-batches (the most a step has), B sequences of one, S = T + 1 token
 L MoE layers (MTP modules last), E experts.
 """
 
-import dataclasses
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,15 +17,23 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from v3jax import objective, sharding
+from v3jax.compiler import compiler_options
 from v3jax.config import ExperimentConfig
 from v3jax.objective import LossParts, Scale
 from v3jax.ops.accumulate import Sink, added_up, new_sink, tapped
 from v3jax.optim.adamw import adamw
-from v3jax.optim.ema import update_ema
 from v3jax.optim.router_bias import max_violation, update_bias
 from v3jax.optim.schedules import learning_rate, piecewise, tokens_of
 from v3jax.sharding import BATCH_AXES, ShardingRules, is_stacked, rules_of
-from v3jax.state import TrainState, layer_biases, param_specs, state_specs, with_layer_biases
+from v3jax.state import (
+    TrainState,
+    absorbed,
+    layer_biases,
+    param_specs,
+    state_shardings,
+    state_specs,
+    with_layer_biases,
+)
 
 Metrics = dict[str, jax.Array]
 
@@ -40,14 +47,15 @@ def make_train_step(
 
     `state` is donated. `n_micro` (int32 scalar) of the M micro-batches are used. Metrics are FP32
     or integer scalars and `load_LE`; `committed` is 0 for a step whose loss or gradient was not
-    finite, which changes nothing but `bad_steps`. With a mesh, call it under `jax.set_mesh(mesh)`;
+    finite, which changes nothing but `bad_steps`. The average takes in the parameters before the
+    step, `state.catch_up` those after it. With a mesh, call it under `jax.set_mesh(mesh)`;
     the new state is pinned to where the old one lives.
     """
     rules = rules or rules_of(cfg)
     step = functools.partial(train_step, cfg, Parallel.over(cfg, mesh, rules))
     if mesh is None:
-        return jax.jit(step, donate_argnums=0)
-    places = state_specs(cfg, mesh, rules)
+        return jax.jit(functools.partial(_with_average, cfg, step), donate_argnums=0)
+    places = replace(state_specs(cfg, mesh, rules), ema=None)
     batch = P(None, BATCH_AXES)
     manual = jax.shard_map(
         step,
@@ -56,8 +64,23 @@ def make_train_step(
         out_specs=(places, P()),
         check_vma=False,
     )
-    pinned = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (places, P()))
-    return jax.jit(manual, donate_argnums=0, out_shardings=pinned)
+    pinned = (state_shardings(cfg, mesh, rules), NamedSharding(mesh, P()))
+    return jax.jit(
+        functools.partial(_with_average, cfg, manual),
+        donate_argnums=0,
+        out_shardings=pinned,
+        compiler_options=compiler_options(mesh),
+    )
+
+
+def _with_average(
+    cfg: ExperimentConfig, step: Any, state: TrainState, *batch: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """A step beside which the average takes in the parameters that the step starts from."""
+    new, metrics = step(replace(state, ema=None), *batch)
+    if state.ema is not None:
+        new = replace(new, ema=absorbed(state, cfg.optim.ema_decay or 0.0), averaged=state.step)
+    return new, metrics
 
 
 def make_eval_step(
@@ -87,7 +110,7 @@ def make_eval_step(
         out_specs=P(),
         check_vma=False,
     )
-    return jax.jit(manual)
+    return jax.jit(manual, compiler_options=compiler_options(mesh))
 
 
 @dataclass(frozen=True)
@@ -171,7 +194,7 @@ def train_step(
     scale = _scale(cfg, parallel, segments_MBS, n_micro, mtp_weight)
     gradients, parts = _accumulate(cfg, parallel, state, tokens_MBS, segments_MBS, n_micro, scale)
     gradients, passes = parallel.reduce(gradients), parallel.total(parts.extra_passes, ("data",))
-    parts = dataclasses.replace(parallel.total(parts), extra_passes=passes)
+    parts = replace(parallel.total(parts), extra_passes=passes)
     grad_norm = parallel.norm(gradients)
     committed = jnp.isfinite(parts.main + parts.mtp + parts.balance) & jnp.isfinite(grad_norm)
 
@@ -186,11 +209,10 @@ def train_step(
         params=params,
         opt_state=opt_state,
         router_state=_moved_biases(state.router_state, parts.load_LE, bias_speed),
-        ema=None
-        if state.ema is None
-        else update_ema(state.ema, params, cfg.optim.ema_decay or 0.0),
+        ema=None,
+        averaged=state.averaged,
     )
-    kept = dataclasses.replace(state, bad_steps=state.bad_steps + 1)
+    kept = replace(state, bad_steps=state.bad_steps + 1)
     new = jax.tree.map(lambda a, b: jnp.where(committed, a, b), new, kept)
     metrics = {
         "loss": parts.main,

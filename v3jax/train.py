@@ -39,7 +39,14 @@ from v3jax.optim.schedules import n_steps
 from v3jax.preflight import preflight
 from v3jax.progress import Progress
 from v3jax.sharding import make_mesh, rules_of
-from v3jax.state import TrainState, abstract_state, init_state, state_around
+from v3jax.state import (
+    TrainState,
+    abstract_state,
+    catch_up,
+    init_state,
+    state_around,
+    state_shardings,
+)
 from v3jax.step import make_eval_step, make_train_step
 from v3jax.summary import write_report, write_samples
 
@@ -147,6 +154,7 @@ def run(
                 if evaluation.due(step):
                     _finish(pending, recorder, progress, cfg)
                     pending = None
+                    state = catch_up(cfg, state, mesh)
                     evaluated = evaluation.of(state)
                     progress.lap()
                 waited = time.monotonic()
@@ -165,6 +173,7 @@ def run(
                     _finish(pending, recorder, progress, cfg)
                     pending = None
                     recorder.flush()
+                    state = catch_up(cfg, state, mesh)
                     writer.save(step, state, loader.get_state())
 
             # ---- End: the last step's row carries the evaluation of the finished parameters. All
@@ -174,6 +183,7 @@ def run(
             if pending is not None:
                 jax.block_until_ready(pending.metrics)
                 pending.seconds = progress.lap()
+            state = catch_up(cfg, state, mesh)
             last = evaluation.of(state) if finished else {}
             if pending is not None:
                 pending.evaluated = pending.evaluated | last
@@ -282,6 +292,7 @@ class Evaluation:
     def __init__(self, cfg: ExperimentConfig, dataset: Dataset, mesh: Mesh) -> None:
         self._cfg = cfg
         self._eval_step = processes.compiled_together(make_eval_step(cfg, mesh))
+        self._params = state_shardings(cfg, mesh).params
         self._rows = min(cfg.run.eval_sequences, len(dataset.heldout.tokens_NS))
         self._dataset = dataset
         self._bytes = dataset.heldout_bytes(self._rows)
@@ -303,7 +314,8 @@ class Evaluation:
         if self._bytes:
             values["bits_per_byte"] = baselines.bits_per_byte(nats, self._bytes)
         if state.ema is not None:
-            values["eval_loss_ema"] = self._nats(state.ema, state.router_state)[0] / count
+            average = jax.device_put(state.ema, self._params)  # beside the parameters
+            values["eval_loss_ema"] = self._nats(average, state.router_state)[0] / count
         return values
 
     def _nats(self, params: Any, router_state: Any) -> tuple[float, int]:

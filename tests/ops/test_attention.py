@@ -55,7 +55,13 @@ def test_attention_equals_a_loop_over_queries(with_segments: bool) -> None:
 
 @pytest.mark.parametrize("length", [7, 300])
 @pytest.mark.parametrize("with_segments", [False, True])
-def test_value_and_gradients_equal_dense_attention(length: int, with_segments: bool) -> None:
+@pytest.mark.parametrize("long", [False, True])
+def test_value_and_gradients_equal_dense_attention(
+    length: int, with_segments: bool, long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if long:  # what runs beyond 4096 positions, in chunks of which the last is not full
+        monkeypatch.setattr(ops, "_LONG", 0)
+        monkeypatch.setattr(ops, "_LONG_CHUNK", 64)
     q, k, v, probe = arrays(2, length)
     segments = np.cumsum(np.random.default_rng(0).random((2, length)) < 0.1, axis=1)
     segments_BT = segments if with_segments else None
@@ -95,3 +101,16 @@ def test_bf16_inputs_stay_close_to_fp32() -> None:
     got = ops.causal_attention(*low, scale=SCALE)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), whole, atol=0.04)
+
+
+def test_no_program_holds_the_scores_of_a_long_sequence() -> None:
+    length = 16_384
+    q, k, v, _ = (jax.ShapeDtypeStruct((1, length, 1, d), jnp.bfloat16) for d in (24, 24, 16, 16))
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return ops.causal_attention(q, k, v, scale=SCALE).astype(jnp.float32).sum()
+
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v)
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < length**2 / 8  # an eighth of a byte a score

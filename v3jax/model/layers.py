@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from v3jax.config import ModelConfig, NumericsConfig
 from v3jax.ops.norm import swiglu
-from v3jax.sharding import ShardingRules, gather, manual_axes, stored
+from v3jax.sharding import ShardingRules, added, gather, manual_axes, stored
 
 
 def compute_dtype(numerics: NumericsConfig) -> jnp.dtype:
@@ -29,14 +29,23 @@ def master_dtype(numerics: NumericsConfig) -> jnp.dtype:
 
 
 def whole(
-    value: jax.Array, shape: tuple[int, ...], rules: ShardingRules, *axes: str | None
+    value: jax.Array, shape: tuple[int, ...], dtype: Any, rules: ShardingRules, *axes: str | None
 ) -> jax.Array:
-    """Gathers what a device holds of a parameter of this shape and logical axes under `fsdp`."""
+    """A parameter of this shape and logical axes in the type it is computed with, of which a device
+    holds a part under `fsdp`."""
     if rules.storage != "fsdp" or not manual_axes():
-        return value
+        return value.astype(dtype)
     spec = rules.spec(*axes)
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    return gather(value, spec, stored(spec, shape, sizes, rules, stacked=False), rules)
+    return gather(value, spec, stored(spec, shape, sizes, rules), rules, dtype)
+
+
+def columns_of(shape: tuple[int, ...], rules: ShardingRules, *axes: str | None) -> tuple[str, ...]:
+    """The mesh axes over which `fsdp` splits the columns of a table that is looked up by row."""
+    spec = rules.spec(*axes)
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    extra = added(spec, stored(spec, shape, sizes, rules, columns=True))
+    return () if extra is None else extra[1]
 
 
 class Module(nn.Module):
@@ -47,23 +56,24 @@ class Module(nn.Module):
     rules: ShardingRules
 
     def parameter(
-        self, name: str, init: Any, shape: tuple[int, ...], *axes: str | None
+        self, name: str, init: Any, shape: tuple[int, ...], *axes: str | None, dtype: Any = None
     ) -> jax.Array:
-        """A parameter of the master type, of which a device's program may hold a part.
+        """A parameter, stored in the master type, in `dtype` (the master type by default).
 
         Inside `jax.shard_map` its experts are the device's own, and what `fsdp` stores in parts is
         gathered here.
         """
+        master = master_dtype(self.numerics)
+        dtype = dtype or master
         if self.is_initializing() or not manual_axes():
-            dtype = master_dtype(self.numerics)
-            return self.param(name, self.rules.init(init, *axes), shape, dtype)
+            return self.param(name, self.rules.init(init, *axes), shape, master).astype(dtype)
         value = cast(jax.Array, self.get_variable("params", name))  # flax would ask for the whole
-        return whole(value, shape, self.rules, *axes)
+        return whole(value, shape, dtype, self.rules, *axes)
 
     def matrix(self, name: str, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
         """A weight drawn from a normal of `init_std` (report section 4.2), in the compute type."""
         init = nn.initializers.normal(self.cfg.init_std)
-        return self.parameter(name, init, shape, *axes).astype(compute_dtype(self.numerics))
+        return self.parameter(name, init, shape, *axes, dtype=compute_dtype(self.numerics))
 
     def norm_weight(self, name: str, dim: int) -> jax.Array:
         """The weight of an RMSNorm, ones at the start, FP32."""

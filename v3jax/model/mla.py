@@ -9,6 +9,7 @@ V value, K = N + R.
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
@@ -26,7 +27,6 @@ class MLA(Module):
         """Attention output `[B, T, D]`; `segments_BT` confines attention to its own segment."""
         cfg = self.cfg
         chex.assert_shape(x_BTD, (None, None, cfg.dim))
-        batch, length, _ = x_BTD.shape
         n_heads, nope, rot = cfg.n_heads, cfg.nope_head_dim, cfg.rope_head_dim
         kv_a = self.matrix(
             "kv_a_proj_with_mqa", (cfg.dim, cfg.kv_latent_dim + rot), "embed", "latent"
@@ -39,34 +39,52 @@ class MLA(Module):
 
         kv_latent_BTL = checkpoint_name(x_BTD @ kv_a, "kv_latent")
         kv_latent_BTL, k_rope_BTR = jnp.split(kv_latent_BTL, [cfg.kv_latent_dim], axis=-1)
+        kv_latent_BTL = rms_norm(kv_latent_BTL, kv_norm, cfg.latent_norm_eps)
 
-        q_BTHK = self._queries(x_BTD).reshape(batch, length, n_heads, nope + rot)
-        kv_BTH = rms_norm(kv_latent_BTL, kv_norm, cfg.latent_norm_eps) @ kv_b
-        kv_BTH = kv_BTH.reshape(batch, length, n_heads, nope + cfg.v_head_dim)
-
+        # Each projection writes its part where attention reads it, heads first.
         theta_P = rope.frequencies(cfg)
-        q_nope_BTHN, q_rope_BTHR = jnp.split(q_BTHK, [nope], axis=-1)
-        k_nope_BTHN, v_BTHV = jnp.split(kv_BTH, [nope], axis=-1)
-        q_rope_BTHR = rope.rotate(q_rope_BTHR, positions_T, theta_P)
+        nope_rope = (cfg.nope_head_dim, cfg.rope_head_dim)
+        q_nope_BHTN, q_rope_BHTR = _by_head(*self._queries(x_BTD), n_heads, nope_rope)
+        k_nope_BHTN, v_BHTV = _by_head(
+            kv_latent_BTL, kv_b, n_heads, (cfg.nope_head_dim, cfg.v_head_dim)
+        )
+        q_rope_BHTR = _rotate_heads(q_rope_BHTR, positions_T, theta_P)
         k_rope_BTR = rope.rotate(k_rope_BTR, positions_T, theta_P)
-        k_rope_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None], (batch, length, n_heads, rot))
+        k_rope_BHTR = jnp.broadcast_to(k_rope_BTR[:, None], q_rope_BHTR.shape)
         out_BTHV = causal_attention(
-            jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1),
-            jnp.concatenate([k_nope_BTHN, k_rope_BTHR], axis=-1),
-            v_BTHV,
+            jnp.concatenate([q_nope_BHTN, q_rope_BHTR], axis=-1).swapaxes(1, 2),
+            jnp.concatenate([k_nope_BHTN, k_rope_BHTR], axis=-1).swapaxes(1, 2),
+            v_BHTV.swapaxes(1, 2),
             scale=rope.softmax_scale(cfg),
             segments_BT=segments_BT,
         )
-        return out_BTHV.reshape(batch, length, -1) @ o
+        return jnp.einsum("bthv,hvd->btd", out_BTHV, o.reshape(n_heads, -1, cfg.dim))
 
-    def _queries(self, x_BTD: jax.Array) -> jax.Array:
-        """All heads' queries side by side, `[B, T, H K]`, through their latent if there is one."""
+    def _queries(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the queries are projected from, through their latent if there is one, and the
+        matrix that does it, `[..., H K]`."""
         cfg = self.cfg
         width = cfg.n_heads * (cfg.nope_head_dim + cfg.rope_head_dim)
         if cfg.q_latent_dim is None:
-            return x_BTD @ self.matrix("q_proj", (cfg.dim, width), "embed", "heads")
+            return x_BTD, self.matrix("q_proj", (cfg.dim, width), "embed", "heads")
         q_a = self.matrix("q_a_proj", (cfg.dim, cfg.q_latent_dim), "embed", "latent")
         q_b = self.matrix("q_b_proj", (cfg.q_latent_dim, width), "latent", "heads")
         q_norm = self.norm_weight("q_a_layernorm", cfg.q_latent_dim)
         q_latent_BTL = checkpoint_name(x_BTD @ q_a, "q_latent")
-        return rms_norm(q_latent_BTL, q_norm, cfg.latent_norm_eps) @ q_b
+        return rms_norm(q_latent_BTL, q_norm, cfg.latent_norm_eps), q_b
+
+
+def _by_head(
+    x_BTL: jax.Array, w_LHK: jax.Array, n_heads: int, widths: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """Projects to the two parts that each head's columns consist of, `[B, H, T, width]`."""
+    w_LHK = w_LHK.reshape(w_LHK.shape[0], n_heads, sum(widths))
+    first, second = jnp.split(w_LHK, [widths[0]], axis=-1)
+    return jnp.einsum("btl,lhk->bhtk", x_BTL, first), jnp.einsum("btl,lhk->bhtk", x_BTL, second)
+
+
+def _rotate_heads(x_BHTR: jax.Array, positions_T: jax.Array, theta_P: np.ndarray) -> jax.Array:
+    """`rope.rotate` of heads that come first."""
+    batch, n_heads, length, width = x_BHTR.shape
+    merged = rope.rotate(x_BHTR.reshape(-1, length, width), positions_T, theta_P)
+    return merged.reshape(batch, n_heads, length, width)

@@ -94,7 +94,8 @@ class Experts(Module):
     ) -> tuple[jax.Array, ExchangeStats]:
         cfg, moe = self.cfg, self.rules.moe
         if expert_shards > 1:
-            return routed_experts(cfg, moe, x_ND, experts_NK, gates_NK, gate_up, down)
+            keep = self.numerics.remat != "full"
+            return routed_experts(cfg, moe, x_ND, experts_NK, gates_NK, gate_up, down, keep=keep)
         stats, capped = no_exchange(), moe.capacity_factor is not None
         if moe.capacity_factor is not None:
             experts_NK, dropped = drop_beyond_capacity(

@@ -11,16 +11,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from v3jax.config import ModelConfig
+from v3jax.config import ModelConfig, NumericsConfig
 from v3jax.model.block import rematerialised
-from v3jax.model.layers import Module, compute_dtype, whole
+from v3jax.model.layers import Module, columns_of, compute_dtype, whole
 from v3jax.model.moe import RouterStats
 from v3jax.model.mtp import MTPModule
 from v3jax.ops import loss
 from v3jax.ops.accumulate import Sink, tapped
+from v3jax.ops.embedding import embed
 from v3jax.ops.expert_parallel import no_exchange
 from v3jax.ops.norm import rms_norm
-from v3jax.sharding import ShardingRules, constrain
+from v3jax.sharding import ShardingRules, constrain, manual_axes
 
 
 @struct.dataclass
@@ -61,7 +62,6 @@ class Transformer(Module):
         """
         cfg = self.cfg
         init = nn.initializers.normal(cfg.init_std)
-        embed_VD = self.parameter("embed_tokens", init, (cfg.vocab_size, cfg.dim), "vocab", "embed")
         if self.is_initializing():  # `head_weight` gives it to whoever needs logits
             self.parameter("lm_head", init, (cfg.dim, cfg.vocab_size), "embed", "vocab")
         final_norm = self.norm_weight("norm", cfg.dim)
@@ -72,7 +72,7 @@ class Transformer(Module):
         counted_BT = counted_BS[:, :length]
 
         # One look-up serves the main model and the MTP modules, which share the embedding.
-        embedded_BSD = embed_VD[tokens_BS].astype(compute_dtype(self.numerics))
+        embedded_BSD = self._embedded(tokens_BS)
         x_BTD = constrain(embedded_BSD[:, :length], self.rules, "batch", "seq", None)
         shared = (positions_T, segments_BT, counted_BT)
         stats = []
@@ -101,13 +101,26 @@ class Transformer(Module):
             stats=_stack_stats(stats, cfg.n_experts),
         )
 
+    def _embedded(self, tokens_BS: jax.Array) -> jax.Array:
+        """The tokens' embeddings `[B, S, D]` in the compute type."""
+        cfg, name, axes = self.cfg, "embed_tokens", ("vocab", "embed")
+        shape, dtype = (cfg.vocab_size, cfg.dim), compute_dtype(self.numerics)
+        if self.is_initializing() or self.rules.storage != "fsdp" or not manual_axes():
+            init = nn.initializers.normal(cfg.init_std)
+            return embed(self.parameter(name, init, shape, *axes), tokens_BS, dtype)
+        columns = columns_of(shape, self.rules, *axes)
+        return embed(self.get_variable("params", name), tokens_BS, dtype, columns)
+
     def _layers(
         self, name: str, x_BTD: jax.Array, shared: tuple[Any, ...], sink: Sink | None
     ) -> tuple[jax.Array, RouterStats | None]:
         """Runs stacked layers one after the other; their statistics are stacked too."""
         moe = name == "moe_layers"
         n_layers = self.cfg.n_moe_layers if moe else self.cfg.n_dense_layers
-        block = rematerialised(self.numerics, in_scan=True)
+        # A few layers unrolled spare copying their activations in and out of the loop. Their
+        # gradients are joined at once; in a loop each layer's goes into the sink by itself.
+        unrolled = n_layers <= _UNROLLED
+        block = rematerialised(self.numerics, in_scan=not unrolled)
         parts = (self.cfg, self.numerics, self.rules)
         if self.is_initializing():
             scanned = nn.scan(
@@ -121,9 +134,7 @@ class Transformer(Module):
             return scanned(*parts, moe=moe, name=name)(x_BTD, *shared)
         layer = block(*parts, moe=moe, name=name, parent=None)
         variables = {kind: tree[name] for kind, tree in self.variables.items() if name in tree}
-        # A few layers unrolled spare copying their activations in and out of the loop. Their
-        # gradients are joined at once; in a loop each layer's goes into the sink by itself.
-        unrolled, own = n_layers <= _UNROLLED, None if sink is None else sink[name]
+        own = None if sink is None else sink[name]
         if unrolled:
             variables["params"] = tapped(variables["params"], own)
 
@@ -148,9 +159,14 @@ def _stack_stats(stats: list[RouterStats], n_experts: int) -> RouterStats:
     return jax.tree.map(lambda *a: jnp.concatenate(a), *stats)
 
 
-def head_weight(cfg: ModelConfig, params: dict[str, Any], rules: ShardingRules) -> jax.Array:
+def head_weight(
+    cfg: ModelConfig, numerics: NumericsConfig, params: dict[str, Any], rules: ShardingRules
+) -> jax.Array:
     """The output head `[D, V]` that main model and MTP modules share, whole."""
-    return whole(params["lm_head"], (cfg.dim, cfg.vocab_size), rules, "embed", "vocab")
+    if rules.storage != "fsdp":
+        return params["lm_head"]
+    shape, dtype = (cfg.dim, cfg.vocab_size), compute_dtype(numerics)
+    return whole(params["lm_head"], shape, dtype, rules, "embed", "vocab")
 
 
 def head_logits(params: dict[str, Any], hidden_BTD: jax.Array) -> jax.Array:

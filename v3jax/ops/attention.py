@@ -1,7 +1,9 @@
-"""Causal attention with distinct key and value widths, in query chunks (report section 2.1.1).
+"""Causal attention with distinct key and value widths (report section 2.1.1).
 
-Only the scores of one chunk of queries against the keys before its end exist at a time; the
-backward pass recomputes them from the saved log-sum-exp, as fused kernels do.
+On TPU and on Hopper GPUs a fused kernel computes it (`kernels.attention`), elsewhere and for what
+the kernels do not take, this file, in query chunks: only the scores of one chunk of queries against
+the keys before its end exist at a time, and of long sequences only those of a chunk against a
+chunk. The backward pass recomputes them from the saved log-sum-exp, as fused kernels do.
 Dims: B batch, T time, C queries of a chunk, S keys before its end, H heads, K key dim, V value dim.
 """
 
@@ -11,10 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from v3jax import kernels
+from v3jax.kernels import attention as fused
 from v3jax.ops.precision import wide, widen
 
 _MIN_CHUNK = 128
 _MAX_CHUNKS = 8
+_LONG = 4096
+"""Beyond this length chunks meet chunks in a loop."""
+_LONG_CHUNK = 512
 
 
 def causal_attention(
@@ -30,8 +37,15 @@ def causal_attention(
     With `segments_BT` a position sees its own segment only (supervised fine-tuning, report
     section 5.1); pre-training passes None (section 4.1).
     """
+    platform = kernels.platform()
     with jax.named_scope("attention"):
-        return _attention(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale)
+        if platform == "tpu" and fused.fits_tpu(q_BTHK):
+            return fused.on_tpu(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale)
+        if platform == "gpu" and segments_BT is None and q_BTHK.dtype == jnp.bfloat16:
+            return fused.on_gpu(q_BTHK, k_BTHK, v_BTHV, scale)
+        if q_BTHK.shape[1] <= _LONG:
+            return _attention(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale)
+        return _padded(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -126,3 +140,144 @@ def _attention_bwd(
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+# ---- Long sequences: chunks of queries against chunks of keys, in loops.
+# Dims as above, with N chunks of C positions in place of T; `i` counts chunks of queries, `j` of
+# keys.
+
+
+def _padded(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    segments_BT: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """Fills the last chunk with positions that no earlier one sees."""
+    length = q_BTHK.shape[1]
+    extra = -length % _LONG_CHUNK
+
+    def chunked(x_BT: jax.Array) -> jax.Array:
+        x_BT = jnp.pad(x_BT, [(0, 0), (0, extra), *[(0, 0)] * (x_BT.ndim - 2)])
+        return x_BT.reshape(x_BT.shape[0], -1, _LONG_CHUNK, *x_BT.shape[2:]).swapaxes(0, 1)
+
+    segments_NBC = None if segments_BT is None else chunked(segments_BT)
+    q_NBCHK, k_NBCHK, v_NBCHV = (chunked(x) for x in (q_BTHK, k_BTHK, v_BTHV))
+    out_NBCHV = _long(q_NBCHK, k_NBCHK, v_NBCHV, segments_NBC, scale)
+    out_BTHV = out_NBCHV.swapaxes(0, 1).reshape(q_BTHK.shape[0], -1, *v_BTHV.shape[2:])
+    return out_BTHV[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _long(
+    q_NBCHK: jax.Array,
+    k_NBCHK: jax.Array,
+    v_NBCHV: jax.Array,
+    segments_NBC: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    return _long_fwd(q_NBCHK, k_NBCHK, v_NBCHV, segments_NBC, scale)[0]
+
+
+def _block_scores(
+    q_BCHK: jax.Array,
+    k_BCHK: jax.Array,
+    segments_NBC: jax.Array | None,
+    i: jax.Array,
+    j: jax.Array,
+    scale: float,
+) -> jax.Array:
+    s_BHCC = jnp.einsum("bchk,bshk->bhcs", q_BCHK, k_BCHK, preferred_element_type=wide(q_BCHK))
+    position_C = jnp.arange(q_BCHK.shape[1])
+    visible = (i * position_C.size + position_C)[:, None] >= j * position_C.size + position_C
+    if segments_NBC is not None:
+        same_BCC = segments_NBC[i][:, :, None] == segments_NBC[j][:, None, :]
+        visible = (visible & same_BCC)[:, None]
+    return jnp.where(visible, s_BHCC * scale, -jnp.inf)
+
+
+def _long_fwd(
+    q_NBCHK: jax.Array,
+    k_NBCHK: jax.Array,
+    v_NBCHV: jax.Array,
+    segments_NBC: jax.Array | None,
+    scale: float,
+) -> tuple[jax.Array, _Residuals]:
+    def one_chunk(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q_BCHK = q_NBCHK[i]
+
+        def add(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            top_BHC, sum_BHC, out_BHCV = carry
+            s_BHCC = _block_scores(q_BCHK, k_NBCHK[j], segments_NBC, i, j, scale)
+            new_BHC = jnp.maximum(top_BHC, s_BHCC.max(-1))
+            # Nothing visible yet: any finite number serves, as exp(-inf) is 0.
+            safe_BHC = jnp.where(jnp.isfinite(new_BHC), new_BHC, 0)
+            shrink_BHC = jnp.exp(top_BHC - safe_BHC)
+            p_BHCC = jnp.exp(s_BHCC - safe_BHC[..., None])
+            v_BCHV = v_NBCHV[j]
+            out = jnp.einsum(
+                "bhcs,bshv->bhcv",
+                p_BHCC.astype(v_BCHV.dtype),
+                v_BCHV,
+                preferred_element_type=wide(v_BCHV),
+            )
+            return (
+                new_BHC,
+                sum_BHC * shrink_BHC + p_BHCC.sum(-1),
+                out_BHCV * shrink_BHC[..., None] + out,
+            )
+
+        batch, size, n_heads, _ = q_BCHK.shape
+        rows = (batch, n_heads, size)
+        kind = wide(q_BCHK)
+        start = (jnp.full(rows, -jnp.inf, kind), jnp.zeros(rows, kind))
+        start = (*start, jnp.zeros((*rows, v_NBCHV.shape[-1]), kind))
+        top_BHC, sum_BHC, out_BHCV = jax.lax.fori_loop(0, i + 1, add, start)
+        out_BCHV = (out_BHCV / sum_BHC[..., None]).swapaxes(1, 2).astype(v_NBCHV.dtype)
+        return out_BCHV, top_BHC + jnp.log(sum_BHC)
+
+    out_NBCHV, lse_NBHC = jax.lax.map(one_chunk, jnp.arange(q_NBCHK.shape[0]))
+    out_NBCHV = checkpoint_name(out_NBCHV, "attention_out")
+    lse_NBHC = checkpoint_name(lse_NBHC, "attention_lse")
+    return out_NBCHV, (q_NBCHK, k_NBCHK, v_NBCHV, segments_NBC, out_NBCHV, lse_NBHC)
+
+
+def _long_bwd(
+    scale: float, residuals: _Residuals, dout_NBCHV: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q_NBCHK, k_NBCHK, v_NBCHV, segments_NBC, out_NBCHV, lse_NBHC = residuals
+    kind = wide(q_NBCHK)
+    delta_NBHC = jnp.einsum("nbchv,nbchv->nbhc", widen(dout_NBCHV), widen(out_NBCHV))
+
+    def one_chunk(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        dq_NBCHK, dk_NBCHK, dv_NBCHV = carry
+        q_BCHK, dout_BCHV = q_NBCHK[i], dout_NBCHV[i]
+
+        def add(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            dq_BCHK, dk_NBCHK, dv_NBCHV = carry
+            k_BCHK, v_BCHV = k_NBCHK[j], v_NBCHV[j]
+            s_BHCC = _block_scores(q_BCHK, k_BCHK, segments_NBC, i, j, scale)
+            p_BHCC = jnp.exp(s_BHCC - lse_NBHC[i][..., None])
+            dp_BHCC = jnp.einsum("bchv,bshv->bhcs", dout_BCHV, v_BCHV, preferred_element_type=kind)
+            ds_BHCC = p_BHCC * (dp_BHCC - delta_NBHC[i][..., None]) * scale
+            ds_BHCC, p_BHCC = ds_BHCC.astype(q_BCHK.dtype), p_BHCC.astype(v_BCHV.dtype)
+            dq = jnp.einsum("bhcs,bshk->bchk", ds_BHCC, k_BCHK, preferred_element_type=kind)
+            dk = jnp.einsum("bhcs,bchk->bshk", ds_BHCC, q_BCHK, preferred_element_type=kind)
+            dv = jnp.einsum("bhcs,bchv->bshv", p_BHCC, dout_BCHV, preferred_element_type=kind)
+            return dq_BCHK + dq, dk_NBCHK.at[j].add(dk), dv_NBCHV.at[j].add(dv)
+
+        start = (jnp.zeros(q_BCHK.shape, kind), dk_NBCHK, dv_NBCHV)
+        dq_BCHK, dk_NBCHK, dv_NBCHV = jax.lax.fori_loop(0, i + 1, add, start)
+        return dq_NBCHK.at[i].set(dq_BCHK.astype(q_BCHK.dtype)), dk_NBCHK, dv_NBCHV
+
+    start = (
+        jnp.zeros_like(q_NBCHK),
+        jnp.zeros(k_NBCHK.shape, kind),
+        jnp.zeros(v_NBCHV.shape, kind),
+    )
+    dq, dk, dv = jax.lax.fori_loop(0, q_NBCHK.shape[0], one_chunk, start)
+    return dq, dk.astype(k_NBCHK.dtype), dv.astype(v_NBCHV.dtype), None
+
+
+_long.defvjp(_long_fwd, _long_bwd)

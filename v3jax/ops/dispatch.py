@@ -10,21 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from v3jax import kernels
+from v3jax.kernels import rows as kernel
+from v3jax.kernels.grouped_matmul import Blocks
+
 _MAX_BLOCK = 128
 _MIN_BLOCK = 8
-
-
-@struct.dataclass
-class Blocks:
-    """Rows grouped by expert in `M` whole blocks: what a product over them needs to know."""
-
-    expert_M: jax.Array
-    """Expert of every block, int32, rising."""
-    n_used: jax.Array
-    """Blocks that hold at least one token, int32; they come first."""
-    block: int = struct.field(pytree_node=False)
-    roomy: bool = struct.field(pytree_node=False, default=False)
-    """Whether many blocks are expected to be unused, as in a receive buffer."""
 
 
 @struct.dataclass
@@ -67,43 +58,80 @@ def make_layout(
     partial: bool = False,
     max_choices: int | None = None,
 ) -> Layout:
-    """Sorts the choices by expert, stably, each expert's rows padded to whole blocks.
+    """Puts the choices in the experts' order, stably, each expert's rows padded to whole blocks.
 
-    With `partial`, a choice equal to `n_experts` is of no expert and gets no row; `max_choices`
-    is then the most that are of one (the caller sees to it), all of them by default.
+    The experts of a token are distinct. With `partial`, a choice equal to `n_experts` is of no
+    expert and gets no row; `max_choices` is then the most that are of one (the caller sees to it),
+    all of them by default. Nothing is sorted: a choice's place is the number of earlier tokens
+    that chose its expert, which compiles and runs faster on every target.
     """
     with jax.named_scope("make_layout"):
-        n_choices = experts_TK.size
+        n_choices, top_k = experts_TK.size, experts_TK.shape[1]
         most = n_choices if max_choices is None else min(max_choices, n_choices)
         block = block_rows(most, n_experts) if block is None else block
         n_blocks = n_blocks_for(most, n_experts, block)
-        flat = experts_TK.reshape(-1)
-        order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-        bounds_E1 = jnp.searchsorted(flat[order], jnp.arange(n_experts + 1), side="left")
-        load_E = jnp.diff(bounds_E1)
-        end_block_E = jnp.cumsum(-(-load_E // block))
-        expert_M = jnp.searchsorted(end_block_E, jnp.arange(n_blocks), side="right")
-        expert_M = jnp.minimum(expert_M, n_experts - 1).astype(jnp.int32)
-        # Row n of expert e holds that expert's (n - first row)-th choice.
+        is_TKE = experts_TK[:, :, None] == jnp.arange(n_experts)
+        place_TE, load_E = places(jnp.any(is_TKE, axis=1))
+        end_block_E = jnp.cumsum(-(-load_E // block), dtype=jnp.int32)
         first_row_E = (end_block_E - (-(-load_E // block))) * block
-        offset_N = jnp.arange(n_blocks * block) - jnp.repeat(first_row_E[expert_M], block)
-        expert_N = jnp.repeat(expert_M, block)
-        filled_N = offset_N < load_E[expert_N]
-        source_N = jnp.where(filled_N, bounds_E1[expert_N] + offset_N, 0)
-        choice_N = jnp.where(filled_N, order[source_N], n_choices)
-        rank = jnp.zeros_like(order).at[order].set(jnp.arange(n_choices, dtype=jnp.int32))
-        row = first_row_E[flat] + rank - bounds_E1[flat]
+        row_TE = place_TE + first_row_E
+        row_TK = jnp.sum(jnp.where(is_TKE, row_TE[:, None], 0), axis=2, dtype=jnp.int32)
         if partial:
-            row = jnp.where(flat < n_experts, row, n_blocks * block)
-        n_used = end_block_E[-1].astype(jnp.int32)
+            row_TK = jnp.where(experts_TK < n_experts, row_TK, n_blocks * block)
+        choice_N = jnp.full(n_blocks * block, n_choices, jnp.int32)
+        choice_N = choice_N.at[row_TK.reshape(-1)].set(
+            jnp.arange(n_choices, dtype=jnp.int32), mode="drop", unique_indices=not partial
+        )
         return Layout(
-            row_TK=row.reshape(experts_TK.shape).astype(jnp.int32),
-            token_N=jnp.where(filled_N, choice_N // experts_TK.shape[1], experts_TK.shape[0]),
+            row_TK=row_TK,
+            token_N=choice_N // top_k,
             choice_N=choice_N,
-            load_E=load_E.astype(jnp.int32),
-            blocks=Blocks(expert_M=expert_M, n_used=n_used, block=block),
+            load_E=load_E,
+            blocks=Blocks(*blocks_of(load_E, end_block_E, n_blocks, block), block=block),
             partial=partial,
         )
+
+
+def blocks_of(
+    load_E: jax.Array, end_block_E: jax.Array, n_blocks: int, block: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each block's expert and rows in use, `[M]`, and the number of blocks in use; int32.
+
+    Args:
+      load_E: rows of each expert.
+      end_block_E: blocks up to the end of each expert's.
+    """
+    m = jnp.arange(n_blocks, dtype=jnp.int32)
+    expert_M = jnp.sum(m[:, None] >= end_block_E, axis=1, dtype=jnp.int32)
+    expert_M = jnp.minimum(expert_M, load_E.shape[0] - 1)
+    # Rows from a block's first to the end of its expert's.
+    first_block_E = end_block_E - (-(-load_E // block))
+    left_M = load_E[expert_M] - (m - first_block_E[expert_M]) * block
+    n_used = end_block_E[-1].astype(jnp.int32)
+    filled_M = jnp.where(m < n_used, jnp.clip(left_M, 0, block), 0)
+    return expert_M, filled_M.astype(jnp.int32), n_used
+
+
+_TOKENS = 128
+"""Tokens counted by one matrix product."""
+
+
+def places(chosen_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many earlier tokens chose each expert, `[T, E]`, and how many do in all, `[E]`; int32.
+
+    Within 128 tokens the running sum is a product with a triangle of ones, exact in any type.
+    """
+    n_tokens, n_experts = chosen_TE.shape
+    padded_TE = jnp.pad(chosen_TE, ((0, -n_tokens % _TOKENS), (0, 0)))
+    chosen_GCE = padded_TE.reshape(-1, _TOKENS, n_experts).astype(jnp.bfloat16)
+    earlier_CC = jnp.tri(_TOKENS, k=-1, dtype=jnp.bfloat16)
+    within_GCE = jnp.einsum(
+        "cb,gbe->gce", earlier_CC, chosen_GCE, preferred_element_type=jnp.float32
+    ).astype(jnp.int32)
+    load_GE = chosen_GCE.sum(1, dtype=jnp.int32)
+    before_GE = jnp.cumsum(load_GE, axis=0, dtype=jnp.int32) - load_GE
+    place_TE = (before_GE[:, None] + within_GCE).reshape(-1, n_experts)[:n_tokens]
+    return place_TE, load_GE.sum(0, dtype=jnp.int32)
 
 
 def _rows_of(x_TD: jax.Array, index_N: jax.Array) -> jax.Array:
@@ -111,15 +139,34 @@ def _rows_of(x_TD: jax.Array, index_N: jax.Array) -> jax.Array:
     return jnp.take(x_TD, index_N, axis=0, mode="fill", fill_value=0)
 
 
-def _back(rows_N: jax.Array, layout: Layout) -> jax.Array:
-    """The row of every choice, `[T, K, ...]`; zeros for a choice of no expert."""
-    return _rows_of(rows_N, layout.row_TK) if layout.partial else rows_N[layout.row_TK]
+def _sum_back(rows_ND: jax.Array, layout: Layout) -> jax.Array:
+    """The sum of each token's rows, `[T, D]`; a choice of no expert adds nothing."""
+    if _by_kernel(rows_ND, layout.row_TK.size):
+        return kernel.sum_rows(rows_ND, layout.row_TK)
+    row_KT = layout.row_TK.T  # in this order the rows of all tokens add up as they lie
+    rows_KTD = _rows_of(rows_ND, row_KT) if layout.partial else rows_ND[row_KT]
+    return rows_KTD.sum(0)
 
 
 @jax.custom_vjp
 def dispatch(x_TD: jax.Array, layout: Layout) -> jax.Array:
-    """Copies each token to the rows of its experts: `[T, D] -> [N, D]`, padding rows zero."""
-    return _rows_of(x_TD, layout.token_N)
+    """Copies each token to the rows of its experts: `[T, D] -> [N, D]`.
+
+    Padding rows within blocks are zero; past the last block in use, without blocks, they are not.
+    """
+    return _to_rows(x_TD, layout)
+
+
+def _to_rows(x_TD: jax.Array, layout: Layout) -> jax.Array:
+    if layout.blocks.block > 1:
+        return _rows_of(x_TD, layout.token_N)
+    if _by_kernel(x_TD, layout.token_N.size):
+        return kernel.gather_rows(x_TD, layout.token_N)
+    return jnp.take(x_TD, layout.token_N, axis=0, mode="clip")
+
+
+def _by_kernel(x_TD: jax.Array, n_rows: int) -> bool:
+    return kernels.platform() == "tpu" and kernel.fits(x_TD, n_rows)
 
 
 def _dispatch_fwd(x_TD: jax.Array, layout: Layout) -> tuple[jax.Array, Layout]:
@@ -127,7 +174,7 @@ def _dispatch_fwd(x_TD: jax.Array, layout: Layout) -> tuple[jax.Array, Layout]:
 
 
 def _dispatch_bwd(layout: Layout, drows_ND: jax.Array) -> tuple[jax.Array, None]:
-    return _back(drows_ND, layout).sum(1), None
+    return _sum_back(drows_ND, layout), None
 
 
 dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -136,7 +183,7 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 @jax.custom_vjp
 def combine(rows_ND: jax.Array, layout: Layout) -> jax.Array:
     """Adds up each token's rows: `[N, D] -> [T, D]`."""
-    return _back(rows_ND, layout).sum(1)
+    return _sum_back(rows_ND, layout)
 
 
 def _combine_fwd(rows_ND: jax.Array, layout: Layout) -> tuple[jax.Array, Layout]:
@@ -144,7 +191,7 @@ def _combine_fwd(rows_ND: jax.Array, layout: Layout) -> tuple[jax.Array, Layout]
 
 
 def _combine_bwd(layout: Layout, dout_TD: jax.Array) -> tuple[jax.Array, None]:
-    return _rows_of(dout_TD, layout.token_N), None
+    return _to_rows(dout_TD, layout), None
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)
@@ -161,7 +208,8 @@ def _gates_fwd(gates_TK: jax.Array, layout: Layout) -> tuple[jax.Array, Layout]:
 
 
 def _gates_bwd(layout: Layout, drows_N: jax.Array) -> tuple[jax.Array, None]:
-    return _back(drows_N, layout), None
+    row_TK = layout.row_TK
+    return _rows_of(drows_N, row_TK) if layout.partial else drows_N[row_TK], None
 
 
 dispatch_gates.defvjp(_gates_fwd, _gates_bwd)

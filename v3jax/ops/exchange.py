@@ -8,12 +8,15 @@ both may stand in a branch that only some devices take, if all of the axis do.
 Dims: P devices of the axis, S slots (bins of one device), C = P S chunks, N rows.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from v3jax.ops.dispatch import Blocks
+from v3jax.kernels.grouped_matmul import Blocks
+from v3jax.ops.dispatch import blocks_of
 
 
 @struct.dataclass
@@ -45,7 +48,13 @@ class Route:
 
 
 def make_route(
-    load_C: jax.Array, axis: str, *, n_sent: int, n_blocks: int, block: int = 1
+    load_C: jax.Array,
+    axis: str,
+    *,
+    n_sent: int,
+    n_blocks: int,
+    block: int = 1,
+    balanced_rows: int | None = None,
 ) -> tuple[Route, Blocks]:
     """The route of rows sorted by bin, and how they lie where they land.
 
@@ -54,6 +63,7 @@ def make_route(
       axis: mesh axis to travel along, manual here; it must divide the bins.
       n_blocks: blocks of the receiving buffer, enough for what arrives (the caller sees to it).
       block: rows of a block; every bin starts on a new one.
+      balanced_rows: rows that arrive of a balanced batch; by default as many as the buffer holds.
     """
     with jax.named_scope("make_route"):
         n_devices = lax.axis_size(axis)
@@ -76,48 +86,53 @@ def make_route(
             n_received=n_blocks * block,
         )
         end_S = jnp.cumsum(blocks_PS[me])
-        slot_M = jnp.searchsorted(end_S, jnp.arange(n_blocks), side="right")
+        arrived_S = load_PC.sum(0).reshape(n_devices, -1)[me]
         blocks = Blocks(
-            expert_M=jnp.minimum(slot_M, end_S.shape[0] - 1).astype(jnp.int32),
-            n_used=end_S[-1].astype(jnp.int32),
+            *blocks_of(arrived_S, end_S, n_blocks, block),
             block=block,
-            roomy=True,
+            balanced_rows=n_blocks * block if balanced_rows is None else balanced_rows,
         )
         return route, blocks
 
 
-@jax.custom_vjp
-def exchange(rows_N: jax.Array, route: Route) -> jax.Array:
-    """Rows `[n_sent, ...]` to the devices of their bins: `[n_received, ...]`, the rest zeros."""
-    return _travel(rows_N, route.n_received, route.out, route.into, route)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def exchange(rows_N: jax.Array, route: Route, filled: bool = True) -> jax.Array:
+    """Rows `[n_sent, ...]` to the devices of their bins: `[n_received, ...]`.
+
+    The rest are zeros; if not `filled`, they hold anything, which saves writing them.
+    """
+    return _travel(rows_N, route.n_received, route.out, route.into, route, filled)
 
 
-@jax.custom_vjp
-def exchange_back(rows_N: jax.Array, route: Route) -> jax.Array:
-    """Rows `[n_received, ...]` to where they came from: `[n_sent, ...]`, the rest zeros."""
-    return _travel(rows_N, route.n_sent, route.into, route.out, route)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def exchange_back(rows_N: jax.Array, route: Route, filled: bool = True) -> jax.Array:
+    """Rows `[n_received, ...]` to where they came from: `[n_sent, ...]`; the rest as above."""
+    return _travel(rows_N, route.n_sent, route.into, route.out, route, filled)
 
 
 exchange.defvjp(
-    lambda rows_N, route: (exchange(rows_N, route), route),
-    lambda route, drows_N: (exchange_back(drows_N, route), None),
+    lambda rows_N, route, filled: (exchange(rows_N, route, filled), route),
+    lambda filled, route, drows_N: (exchange_back(drows_N, route, filled), None),
 )
 exchange_back.defvjp(
-    lambda rows_N, route: (exchange_back(rows_N, route), route),
-    lambda route, drows_N: (exchange(drows_N, route), None),
+    lambda rows_N, route, filled: (exchange_back(rows_N, route, filled), route),
+    lambda filled, route, drows_N: (exchange(drows_N, route, filled), None),
 )
 
 
-def _travel(rows_N: jax.Array, n_out: int, out: Chunks, into: Chunks, route: Route) -> jax.Array:
+def _travel(
+    rows_N: jax.Array, n_out: int, out: Chunks, into: Chunks, route: Route, filled: bool
+) -> jax.Array:
     """The chunks `out` of every device where its `into` says: `[n_out, ...]`.
 
     `jax.lax.ragged_all_to_all` on TPU and GPU; XLA has none for CPU.
     """
 
     def native(rows_N: jax.Array, out: Chunks, into: Chunks) -> jax.Array:
-        empty = jnp.zeros((n_out, *rows_N.shape[1:]), rows_N.dtype)
+        shape = (n_out, *rows_N.shape[1:])
+        target = jnp.zeros(shape, rows_N.dtype) if filled else lax.empty(shape, rows_N.dtype)
         sizes = (out.start_C, out.size_C, out.far_C, into.size_C)
-        return lax.ragged_all_to_all(rows_N, empty, *sizes, axis_name=route.axis)
+        return lax.ragged_all_to_all(rows_N, target, *sizes, axis_name=route.axis)
 
     def portable(rows_N: jax.Array, out: Chunks, into: Chunks) -> jax.Array:
         del out

@@ -8,7 +8,7 @@ results of a token are added up before they cross the slow network.
 Shapes are static: receive buffers are `bound_factor` times as long as a balanced batch needs. When
 routing is so uneven that rows would not fit, all devices agree to take the tokens in several
 passes, every 2nd, 4th, ... at a time. The first pass keeps what its gradient needs, further ones
-run again for theirs.
+run again for theirs; where nothing is kept (full recompute) one loop runs them all.
 
 `routed_experts` runs inside `jax.shard_map`, manual over `node` and `expert` at least.
 Dims: N tokens of a device, D model, K choices, E experts, G nodes, H hops of a token over `node`,
@@ -26,9 +26,10 @@ from flax import struct
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from v3jax import kernels
 from v3jax.config import ModelConfig, MoEConfig
+from v3jax.kernels.grouped_matmul import Blocks
 from v3jax.ops.dispatch import (
-    Blocks,
     block_rows,
     combine,
     dispatch,
@@ -143,6 +144,8 @@ def routed_experts(
     gates_NK: jax.Array,
     gate_up_LDF: jax.Array,
     down_LFD: jax.Array,
+    *,
+    keep: bool = True,
 ) -> tuple[jax.Array, ExchangeStats]:
     """The gated sum of each token's experts, `[N, D]`, wherever they are.
 
@@ -150,12 +153,15 @@ def routed_experts(
       x_ND: this device's tokens.
       experts_NK: their experts, int32, over all devices; each token's are distinct.
       gate_up_LDF, down_LFD: this device's experts, the `L` from `L * (node * ranks + rank)` on.
+      keep: whether the first pass keeps what its gradient needs.
     """
     n_nodes, n_ranks = lax.axis_size("node"), lax.axis_size("expert")
     dropped = jnp.zeros((), jnp.int32)
     if moe.capacity_factor is not None:
         experts_NK, dropped = drop_beyond_capacity(experts_NK, model.n_experts, moe.capacity_factor)
-    chunks = np.array_split(np.arange(x_ND.shape[0]), moe.dispatch_chunks)
+    n_tokens, dim = x_ND.shape
+    x_ND = x_ND.reshape(n_tokens, *row_shape(dim))
+    chunks = np.array_split(np.arange(n_tokens), moe.dispatch_chunks)
     outs, stats = [], []
     for chunk in chunks:
         if not chunk.size:
@@ -163,7 +169,7 @@ def routed_experts(
         part = slice(int(chunk[0]), int(chunk[-1]) + 1)
         plan = make_plan(model, moe, chunk.size, n_nodes, n_ranks)
         out, stat = _all_passes(
-            plan, x_ND[part], experts_NK[part], gates_NK[part], gate_up_LDF, down_LFD
+            plan, keep, x_ND[part], experts_NK[part], gates_NK[part], gate_up_LDF, down_LFD
         )
         outs.append(out)
         stats.append(stat)
@@ -172,7 +178,17 @@ def routed_experts(
         overload=sum((s.overload for s in stats), start=jnp.zeros(())) / len(stats),
         dropped=dropped,
     )
-    return jnp.concatenate(outs), together
+    return jnp.concatenate(outs).reshape(n_tokens, dim), together
+
+
+def row_shape(dim: int) -> tuple[int, ...]:
+    """The shape that a row of `D` numbers travels in.
+
+    On TPU it is a whole number of tiles of memory, 8 x 128 each, so that rows lie one after the
+    other: gathered and sent as they are, where rows of a matrix would be copied to this form.
+    """
+    tiled = kernels.platform() == "tpu" and dim % 1024 == 0
+    return (8, dim // 8) if tiled else (dim,)
 
 
 def drop_beyond_capacity(
@@ -190,20 +206,22 @@ def drop_beyond_capacity(
     return jnp.where(kept_NK, experts_NK, n_experts), jnp.sum(~kept_NK, dtype=jnp.int32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _all_passes(
     plan: Plan,
+    keep: bool,
     x_ND: jax.Array,
     experts_NK: jax.Array,
     gates_NK: jax.Array,
     gate_up_LDF: jax.Array,
     down_LFD: jax.Array,
 ) -> tuple[jax.Array, ExchangeStats]:
-    return _all_passes_fwd(plan, x_ND, experts_NK, gates_NK, gate_up_LDF, down_LFD)[0]
+    return _all_passes_fwd(plan, keep, x_ND, experts_NK, gates_NK, gate_up_LDF, down_LFD)[0]
 
 
 def _all_passes_fwd(
     plan: Plan,
+    keep: bool,
     x_ND: jax.Array,
     experts_NK: jax.Array,
     gates_NK: jax.Array,
@@ -212,30 +230,36 @@ def _all_passes_fwd(
 ) -> tuple[tuple[jax.Array, ExchangeStats], Any]:
     n_passes, overload = _agree(plan, experts_NK)
     floats = (x_ND, gates_NK, gate_up_LDF, down_LFD)
-    out_ND, pull = jax.vjp(_pass(plan, experts_NK, n_passes, 0), *floats)
+
+    def one(p: jax.Array | int) -> Any:
+        return _pass(plan, experts_NK, n_passes, p)
+
+    pull = None
+    if keep or plan.max_passes == 1:
+        out_ND, pull = jax.vjp(one(0), *floats)
+    else:
+        out_ND = jnp.zeros_like(x_ND)
     if plan.max_passes > 1:
-
-        def another(p: jax.Array, out_ND: jax.Array) -> jax.Array:
-            return out_ND + _pass(plan, experts_NK, n_passes, p)(*floats)
-
-        out_ND = lax.fori_loop(1, n_passes, another, out_ND)
+        out_ND = lax.fori_loop(
+            0 if pull is None else 1, n_passes, lambda p, out_ND: out_ND + one(p)(*floats), out_ND
+        )
     stats = ExchangeStats(
         extra_passes=n_passes - 1, overload=overload, dropped=jnp.zeros((), jnp.int32)
     )
     return (out_ND, stats), (pull, n_passes, experts_NK, floats)
 
 
-def _all_passes_bwd(plan: Plan, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+def _all_passes_bwd(plan: Plan, keep: bool, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     pull, n_passes, experts_NK, floats = residuals
     dout_ND = cotangents[0]
-    gradients = pull(dout_ND)
+
+    def again(p: jax.Array, total: Any) -> Any:
+        _, pull_again = jax.vjp(_pass(plan, experts_NK, n_passes, p), *floats)
+        return jax.tree.map(jnp.add, total, pull_again(dout_ND))
+
+    gradients = jax.tree.map(jnp.zeros_like, floats) if pull is None else pull(dout_ND)
     if plan.max_passes > 1:
-
-        def another(p: jax.Array, total: Any) -> Any:
-            _, pull_again = jax.vjp(_pass(plan, experts_NK, n_passes, p), *floats)
-            return jax.tree.map(jnp.add, total, pull_again(dout_ND))
-
-        gradients = lax.fori_loop(1, n_passes, another, gradients)
+        gradients = lax.fori_loop(0 if pull is None else 1, n_passes, again, gradients)
     dx_ND, dgates_NK, dgate_up_LDF, ddown_LFD = gradients
     return dx_ND, None, dgates_NK, dgate_up_LDF, ddown_LFD
 
@@ -301,7 +325,7 @@ def _pass(plan: Plan, experts_NK: jax.Array, n_passes: jax.Array, p: jax.Array |
         node_NH = target_nodes(plan, chosen_NK)
         layout = make_layout(node_NH, plan.n_nodes, 1, partial=True)
         route, _ = make_route(layout.load_E, "node", n_sent=node_NH.size, n_blocks=plan.node_rows)
-        rows_MD = exchange(dispatch(x_ND, layout), route)
+        rows_MD = exchange(dispatch(x_ND, layout), route, False)
         gates_MK = exchange(dispatch(gates_NK, layout), route)
         # 0 on rows where nothing arrived: numbers travel one higher.
         chosen_MK = exchange(dispatch(chosen_NK + 1, layout), route) - 1
@@ -310,7 +334,7 @@ def _pass(plan: Plan, experts_NK: jax.Array, n_passes: jax.Array, p: jax.Array |
         here_MK = (chosen_MK >= first) & (local_MK < plan.node_experts)
         local_MK = jnp.where(here_MK, local_MK, plan.node_experts)
         out_MD = _within_node(plan, rows_MD, local_MK, gates_MK, gate_up_LDF, down_LFD)
-        return combine(exchange_back(out_MD, route), layout)
+        return combine(exchange_back(out_MD, route, False), layout)
 
     return run
 
@@ -348,21 +372,23 @@ def _within_node(
         n_sent=layout.token_N.shape[0],
         n_blocks=n_blocks_for(plan.rank_rows, plan.rank_experts, block),
         block=block,
+        balanced_rows=plan.n_tokens * plan.top_k,
     )
-    rows = checkpoint_name(exchange(dispatch(rows_MD, layout), route), "dispatched")
+    rows = checkpoint_name(exchange(dispatch(rows_MD, layout), route, False), "dispatched")
     gates = exchange(dispatch_gates(gates_MK, layout), route)
     out = _experts(rows, gates, gate_up_LDF, down_LFD, blocks)
-    return combine(exchange_back(out, route), layout)
+    return combine(exchange_back(out, route, False), layout)
 
 
 def _experts(
     rows_ND: jax.Array, gates_N: jax.Array, gate_up: jax.Array, down: jax.Array, blocks: Blocks
 ) -> jax.Array:
     """Two grouped products with the gated SwiGLU between them."""
-    hidden = grouped_matmul(rows_ND, gate_up, blocks)
+    shape = rows_ND.shape
+    hidden = grouped_matmul(rows_ND.reshape(shape[0], -1), gate_up, blocks)
     hidden = swiglu(checkpoint_name(hidden, "gate_up"))
     hidden = (widen(hidden) * gates_N[:, None]).astype(rows_ND.dtype)
-    return grouped_matmul(hidden, down, blocks)
+    return grouped_matmul(hidden, down, blocks).reshape(shape)
 
 
 def experts_here(

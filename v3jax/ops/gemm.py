@@ -9,7 +9,9 @@ Dims: N rows, M blocks, R rows of a block, E experts, I inner and O outer featur
 import jax
 import jax.numpy as jnp
 
-from v3jax.ops.dispatch import Blocks
+from v3jax import kernels
+from v3jax.kernels import grouped_matmul as kernel
+from v3jax.kernels.grouped_matmul import Blocks
 from v3jax.ops.precision import wide
 
 _GATHER_BYTES = 32 * 2**20
@@ -22,15 +24,27 @@ def grouped_matmul(x_NI: jax.Array, w_EIO: jax.Array, blocks: Blocks) -> jax.Arr
 
     Products accumulate in FP32. The weight's gradient is FP32 before it is cast to w's type.
     """
-    return _forward(x_NI, w_EIO, blocks, "mri,mio->mro")
+    return _product(x_NI, w_EIO, blocks, transposed=False)
+
+
+def _product(x: jax.Array, w_EIO: jax.Array, blocks: Blocks, *, transposed: bool) -> jax.Array:
+    if kernels.platform() == "tpu" and kernel.fits(x, w_EIO, blocks):
+        return kernel.grouped_matmul(x, w_EIO, blocks, transposed=transposed)
+    return _forward(x, w_EIO, blocks, "mro,mio->mri" if transposed else "mri,mio->mro")
 
 
 def _blocks(x_NI: jax.Array, blocks: Blocks) -> jax.Array:
     return x_NI.reshape(blocks.expert_M.shape[0], blocks.block, x_NI.shape[-1])
 
 
+def _cleared(x_NI: jax.Array, blocks: Blocks) -> jax.Array:
+    """The rows that hold a token, zeros in place of the others."""
+    filled_MR = jnp.arange(blocks.block) < blocks.filled_M[:, None]
+    return jnp.where(filled_MR.reshape(-1, 1), x_NI, 0)
+
+
 def _gathers(w_EIO: jax.Array, blocks: Blocks) -> bool:
-    if blocks.roomy:
+    if blocks.balanced_rows is not None:
         return False
     gathered = blocks.expert_M.shape[0] * w_EIO.shape[1] * w_EIO.shape[2] * w_EIO.dtype.itemsize
     return gathered <= _GATHER_BYTES
@@ -61,6 +75,10 @@ def _forward(x_NI: jax.Array, w_EIO: jax.Array, blocks: Blocks, product: str) ->
 def _weight_gradient(
     x_NI: jax.Array, dy_NO: jax.Array, w_EIO: jax.Array, blocks: Blocks
 ) -> jax.Array:
+    if kernels.platform() == "tpu" and kernel.fits(x_NI, w_EIO, blocks):
+        return kernel.grouped_weight_gradient(x_NI, dy_NO, w_EIO, blocks)
+    if kernels.platform() == "tpu":  # rows without a token hold anything there
+        x_NI, dy_NO = (_cleared(rows, blocks) for rows in (x_NI, dy_NO))
     x_MRI, dy_MRO = _blocks(x_NI, blocks), _blocks(dy_NO, blocks)
     with jax.named_scope("grouped_matmul_weight_gradient"):
         dw_EIO = jnp.zeros(w_EIO.shape, wide(x_NI))
@@ -84,7 +102,7 @@ def _grouped_fwd(x_NI: jax.Array, w_EIO: jax.Array, blocks: Blocks) -> tuple[jax
 
 def _grouped_bwd(residuals: _Residuals, dy_NO: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x_NI, w_EIO, blocks = residuals
-    dx_NI = _forward(dy_NO, w_EIO, blocks, "mro,mio->mri")
+    dx_NI = _product(dy_NO, w_EIO, blocks, transposed=True)
     return dx_NI, _weight_gradient(x_NI, dy_NO, w_EIO, blocks).astype(w_EIO.dtype), None
 
 

@@ -23,7 +23,7 @@ def swiglu(gate_up_2F: jax.Array) -> jax.Array:
 
     Only the input is kept for the gradient (report section 3.3.3).
     """
-    gate_F, up_F = jnp.split(widen(gate_up_2F), 2, axis=-1)
+    gate_F, up_F = _halves(gate_up_2F)
     return (gate_F * jax.nn.sigmoid(gate_F) * up_F).astype(gate_up_2F.dtype)
 
 
@@ -32,12 +32,18 @@ def _swiglu_fwd(gate_up_2F: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _swiglu_bwd(gate_up_2F: jax.Array, dout_F: jax.Array) -> tuple[jax.Array]:
-    gate_F, up_F = jnp.split(widen(gate_up_2F), 2, axis=-1)
+    gate_F, up_F = _halves(gate_up_2F)
     sigmoid_F = jax.nn.sigmoid(gate_F)
     dout_F = widen(dout_F)
     dgate_F = dout_F * up_F * sigmoid_F * (1 + gate_F * (1 - sigmoid_F))
     dup_F = dout_F * gate_F * sigmoid_F
-    return (jnp.concatenate([dgate_F, dup_F], axis=-1).astype(gate_up_2F.dtype),)
+    dtype = gate_up_2F.dtype
+    return (jnp.concatenate([dgate_F.astype(dtype), dup_F.astype(dtype)], axis=-1),)
+
+
+def _halves(gate_up_2F: jax.Array) -> tuple[jax.Array, ...]:
+    """Gate and up in FP32, widened one by one: XLA would hold the whole input in FP32."""
+    return tuple(widen(x_F) for x_F in jnp.split(gate_up_2F, 2, axis=-1))
 
 
 swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)

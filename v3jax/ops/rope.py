@@ -51,8 +51,21 @@ def rotate(x_BTHR: jax.Array, positions_T: jax.Array, theta_P: np.ndarray) -> ja
     angle = positions_T[..., None].astype(wide(x_BTHR)) * jnp.asarray(theta_P, wide(x_BTHR))
     if x_BTHR.ndim == 4:
         angle = angle[..., None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    even, odd = jnp.split(widen(x_BTHR).reshape(*x_BTHR.shape[:-1], -1, 2), 2, axis=-1)
-    even, odd = even[..., 0], odd[..., 0]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x_BTHR.shape).astype(x_BTHR.dtype)
+    cos, sin = (jnp.repeat(f(angle), 2, axis=-1) for f in (jnp.cos, jnp.sin))
+    x32_BTHR = widen(x_BTHR)
+    # A product with ones and zeros, exact: TPUs have no way to swap neighbours but slow copies.
+    swapped_BTHR = jnp.matmul(
+        x_BTHR,
+        jnp.asarray(_swap(x_BTHR.shape[-1]), x_BTHR.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=wide(x_BTHR),
+    )
+    return (x32_BTHR * cos + swapped_BTHR * sin).astype(x_BTHR.dtype)
+
+
+def _swap(width: int) -> np.ndarray:
+    """The matrix that takes pairs `(a, b)` to `(-b, a)`."""
+    pairs = np.arange(0, width, 2)
+    swap_RR = np.zeros((width, width))
+    swap_RR[pairs + 1, pairs], swap_RR[pairs, pairs + 1] = -1, 1
+    return swap_RR

@@ -1,4 +1,4 @@
-"""What the benchmarks read from HLO: kinds, axes, bytes, loops and overlap of collectives.
+"""What is read from HLO of collectives: kinds, axes, bytes, loops and overlap.
 
 The snippets are shortened from programs that XLA compiled for H100, TPU v5p and TPU7x.
 """
@@ -7,15 +7,14 @@ import textwrap
 
 import pytest
 
-from benchmarks.ahead import (
+from v3jax.aot.collectives import (
     Collective,
-    Report,
-    compile_for,
     group_axes,
     groups_of,
     read_collectives,
-    shape_bytes,
+    sent_bytes,
 )
+from v3jax.aot.hlo import Loops, parse, shape_bytes
 
 MESH = {"pipe": 1, "data": 1, "node": 2, "expert": 8}
 
@@ -111,17 +110,92 @@ ENTRY %main (x: bf16[4,8], y: bf16[6,8], n: s32[16]) -> bf16[6,8] {
 }
 """  # noqa: E501
 
+# A kernel's attributes with line ends in them, and TPU's reduce-scatter of a padded operand.
+KERNEL = """
+HloModule jit_kernel, is_scheduled=true
+
+%all-reduce-scatter.3.clone.1 (p: f32[28,4], q: f32[32,4]) -> (f32[4,4], f32[4,4]) {
+  %p = f32[28,4]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  %pad = f32[32,4]{1,0} pad(%p, %zero), padding=0_4x0_0
+  %q = f32[32,4]{1,0} parameter(1)
+  %all-reduce.1 = (f32[32,4]{1,0}, f32[32,4]{1,0}) all-reduce(%pad, %q), channel_id=1, replica_groups=[2,8]<=[16], to_apply=%add
+  %first = f32[32,4]{1,0} get-tuple-element(%all-reduce.1), index=0
+  %second = f32[32,4]{1,0} get-tuple-element(%all-reduce.1), index=1
+  %i = s32[] constant(0)
+  %a = f32[4,4]{1,0} dynamic-slice(%first, %i, %i), dynamic_slice_sizes={4,4}
+  %b = f32[4,4]{1,0} dynamic-slice(%second, %i, %i), dynamic_slice_sizes={4,4}
+  ROOT %parts = (f32[4,4]{1,0}, f32[4,4]{1,0}) tuple(%a, %b)
+}
+
+%thread (z: f32[28,4]) -> f32[28,4] {
+  ROOT %z = f32[28,4]{1,0} parameter(0)
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[28,4], y: f32[32,4]) -> f32[4,4] {
+  %x = f32[28,4]{1,0} parameter(0)
+  %y = f32[32,4]{1,0} parameter(1)
+  %splash = f32[28,4]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}",
+"of = f32[8] all-reduce(x)":"-> {"
+}}, metadata={op_name="jit(f)/splash/pallas_call"}, backend_config={"used":[]}
+  %both = (f32[4,4]{1,0}, f32[4,4]{1,0}) fusion(%splash, %y), kind=kCustom, calls=%all-reduce-scatter.3.clone.1
+  ROOT %out = f32[4,4]{1,0} get-tuple-element(%both), index=0
+}
+"""  # noqa: E501
+
+# The step's loop over micro-batches, in it a loop of exchange passes that starts at the second.
+STEP = """
+HloModule jit_step, is_scheduled=true
+
+%pass (s: (s32[], s32[], f32[8])) -> (s32[], s32[], f32[8]) {
+  %s = (s32[], s32[], f32[8]{0}) parameter(0)
+  %k = s32[] get-tuple-element(%s), index=0
+  %m = s32[] get-tuple-element(%s), index=1
+  %w = f32[8]{0} get-tuple-element(%s), index=2
+  %again = f32[8]{0} all-to-all(%w), channel_id=3, replica_groups=[2,8]<=[16]
+  ROOT %t = (s32[], s32[], f32[8]{0}) tuple(%k, %m, %again)
+}
+
+%more (s: (s32[], s32[], f32[8])) -> pred[] {
+  %s = (s32[], s32[], f32[8]{0}) parameter(0)
+  %k = s32[] get-tuple-element(%s), index=0
+  %m = s32[] get-tuple-element(%s), index=1
+  ROOT %lt = pred[] compare(%k, %m), direction=LT
+}
+
+%batch (s: (s32[], s32[], f32[8])) -> (s32[], s32[], f32[8]) {
+  %s = (s32[], s32[], f32[8]{0}) parameter(0)
+  %k = s32[] get-tuple-element(%s), index=0
+  %m = s32[] get-tuple-element(%s), index=1
+  %w = f32[8]{0} get-tuple-element(%s), index=2
+  %sum = f32[8]{0} all-reduce(%w), channel_id=4, replica_groups=[2,8]<=[16], to_apply=%add
+  %FIRST = s32[] constant(FIRST)
+  %start = (s32[], s32[], f32[8]{0}) tuple(%FIRST, %m, %sum)
+  ROOT %passes = (s32[], s32[], f32[8]{0}) while(%start), condition=%more, body=%pass, metadata={op_name="jit(step)/shard_map/while/body/experts/while"}
+}
+
+ENTRY %main (n: s32[], x: f32[8]) -> f32[8] {
+  %n = s32[] parameter(0)
+  %x = f32[8]{0} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (s32[], s32[], f32[8]{0}) tuple(%zero, %n, %x)
+  %loop = (s32[], s32[], f32[8]{0}) while(%start), condition=%more, body=%batch, metadata={op_name="jit(step)/shard_map/while" stack_frame_id=2}
+  ROOT %out = f32[8]{0} get-tuple-element(%loop), index=2
+}
+"""  # noqa: E501
+
 
 def test_gpu_program_gives_axes_bytes_and_overlap() -> None:
-    assert read_collectives(GPU, MESH) == [
-        Collective("all-reduce", ("node", "expert"), 4, 1, True, False, False),
-        Collective("ragged-all-to-all", ("node",), 64, 1, True, True, True),
-        Collective("all-gather", ("expert",), 64, 1, True, False, False),
+    assert read_collectives(parse(GPU), MESH) == [
+        Collective("all-reduce", ("node", "expert"), 4, 7, 1, True, False, False),
+        Collective("ragged-all-to-all", ("node",), 64, 32, 1, True, True, True),
+        Collective("all-gather", ("expert",), 64, 7 * 64, 1, True, False, False),
     ]
 
 
 def test_loops_multiply_where_the_trip_count_is_known() -> None:
-    found = read_collectives(LOOPS, MESH)
+    found = read_collectives(parse(LOOPS), MESH)
     assert [(c.kind, c.axes, c.bytes, c.count, c.certain) for c in found] == [
         ("collective-permute", ("expert",), 64, 3, True),
         ("all-reduce", ("node", "expert"), 4, 4, True),
@@ -132,8 +206,8 @@ def test_loops_multiply_where_the_trip_count_is_known() -> None:
 
 
 def test_collective_in_an_asynchronous_call_is_found() -> None:
-    assert read_collectives(SPARSECORE, MESH) == [
-        Collective("ragged-all-to-all", ("expert",), 64, 1, True, True, True)
+    assert read_collectives(parse(SPARSECORE), MESH) == [
+        Collective("ragged-all-to-all", ("expert",), 64, 56, 1, True, True, True)
     ]
 
 
@@ -182,17 +256,55 @@ def test_sizes_leave_out_the_layout(shape: str, size: int) -> None:
     assert shape_bytes(shape) == size
 
 
-def test_sum_over_an_axis_leaves_out_what_may_not_run() -> None:
-    report = Report("h100:2x8", tuple(read_collectives(LOOPS, MESH)), 0, 0, 0, 0.0)
-    assert report.sent("expert", "collective-permute") == 7 * 64
-    assert report.sent("node") == 4 * 4
-
-
 def test_text_without_entry_is_refused() -> None:
     with pytest.raises(ValueError, match="ENTRY"):
-        read_collectives(textwrap.dedent("HloModule nothing"), MESH)
+        parse(textwrap.dedent("HloModule nothing"))
 
 
-def test_missing_interpreter_is_one_line() -> None:
-    with pytest.raises(RuntimeError, match=r"^h100:2x8: cannot run /no/python: [^\n]*$"):
-        compile_for("benchmarks.exchange:layer", "h100:2x8", python="/no/python")
+def test_lines_of_a_kernel_are_no_instructions_and_end_no_computation() -> None:
+    entry = parse(KERNEL).computations["main"]
+    assert [i.name for i in entry.instructions] == ["x", "y", "splash", "both", "out"]
+    splash = entry.find("splash")
+    assert splash is not None
+    assert '"used":[]' in splash.attributes
+    assert [i.name for i in parse(KERNEL).computations["thread"].instructions] == ["z"]
+
+
+def test_fused_sum_and_slice_is_a_reduce_scatter_of_what_was_padded() -> None:
+    size = 4 * (28 + 32) * 4
+    assert read_collectives(parse(KERNEL), MESH) == [
+        Collective("reduce-scatter", ("expert",), size, size * 7 // 8, 1, True, False, False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [
+        ("all-gather", 7 * 800),
+        ("reduce-scatter", 700),
+        ("all-reduce", 1400),
+        ("all-to-all", 700),
+        ("collective-permute", 800),
+        ("ragged-all-to-all", 350),
+    ],
+)
+def test_bytes_through_the_links_are_those_of_a_ring(kind: str, sent: int) -> None:
+    assert sent_bytes(kind, 8, 800, 400) == sent
+
+
+def test_ragged_exchange_moves_no_more_than_its_smaller_buffer() -> None:
+    assert sent_bytes("ragged-all-to-all", 8, 400, 800) == 350
+
+
+@pytest.mark.parametrize(("first", "passes"), [(0, [("all-to-all", 5, False)]), (1, [])])
+def test_micro_batches_multiply_and_a_balanced_batch_takes_one_pass(
+    first: int, passes: list[tuple[str, int, bool]]
+) -> None:
+    module = parse(STEP.replace("FIRST", str(first)), Loops(n_micro=5))
+    found = [(c.kind, c.count, c.certain) for c in read_collectives(module, MESH)]
+    assert found == [("all-reduce", 5, True), *passes]
+
+
+def test_loop_of_unknown_length_counts_once() -> None:
+    found = read_collectives(parse(STEP.replace("FIRST", "0")), MESH)
+    assert [(c.count, c.certain) for c in found] == [(1, False), (1, False)]

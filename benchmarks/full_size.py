@@ -1,0 +1,326 @@
+"""The full-size step, compiled for pods that are not here, and MaxText's beside it.
+
+    python -m benchmarks.full_size --tpu-python=PYTHON --cuda-python=PYTHON      # the layouts
+    python -m benchmarks.full_size --parts=step,layer --tpu-python=PYTHON --maxtext=DIR
+
+`layouts`: every layout of `v3_full` through `v3jax.aot`, its report written to
+benchmarks/results/NAME.json. `step`: MaxText 0.2.5's own recipe for DeepSeek-V3 on 512 TPU v5p
+(FSDP 512, sequence 8192, 6 sequences a chip; without MTP, bias update, node-limited routing or
+balance loss) against `v3_full_v5p` with the same tokens a chip and all of them. `layer`: what one
+MoE layer of V3's widths adds to XLA's estimate on 64 v5p with 4 x 4096 tokens a chip and full
+recompute, as the difference of one dense + two MoE layers and one dense + one. Both programs'
+collectives and kernels are counted by the reader of `v3jax.aot`. `--maxtext` is a folder with
+benchmarks/maxtext_requirements.txt installed and libtpu.
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from v3jax.aot import targets
+from v3jax.aot.__main__ import compile_for
+from v3jax.aot.collectives import read_collectives
+from v3jax.aot.costs import read_costs
+from v3jax.aot.hlo import parse
+from v3jax.aot.report import table
+
+_PARTS = flags.DEFINE_list("parts", ["layouts"], "layouts, step, layer.")
+_ONLY = flags.DEFINE_list("only", [], "Names of layouts; default all.")
+_TPU = flags.DEFINE_string("tpu-python", "python", "Python of an environment with extra tpu.")
+_CUDA = flags.DEFINE_string("cuda-python", "python", "Python of an environment with extra cuda.")
+_MAXTEXT = flags.DEFINE_string("maxtext", None, "MaxText's virtual environment.")
+
+RESULTS = Path(__file__).parent / "results"
+TIMEOUT = 3600.0
+V5P_512 = targets.parse("tpu:v5p:8x8x8")
+V5P_64 = targets.parse("tpu:v5p:4x4x4")
+LAYOUTS = {
+    "v3_full_v5p": "tpu:v5p:8x8x8",
+    "v3_full_tpu7x": "tpu:tpu7x:4x8x8",
+    "v3_full_h100": "gpu:h100:256x8",
+}
+THEIR_FLAGS = Path(__file__).parent / "maxtext_flags.txt"
+"""Of MaxText's recipe `deepseek3_671b_v5p_1024`, but for one that this libtpu does not know."""
+
+
+# ---- The layouts
+
+
+def print_layouts() -> None:
+    """Compiles each layout and keeps its report."""
+    RESULTS.mkdir(exist_ok=True)
+    for exp in _ONLY.value or LAYOUTS:
+        target = targets.parse(LAYOUTS[exp])
+        report = ours(exp, (), target)
+        command = f"python -m v3jax.aot --exp={exp} --target={target} --json"
+        text = json.dumps({"command": command, **report}, indent=1)
+        (RESULTS / f"{exp}.json").write_text(text + "\n")
+        print(f"{table(report)}\n", flush=True)
+
+
+def ours(
+    exp: str, settings: Sequence[str], target: targets.Target, hlo: str | None = None
+) -> dict[str, Any]:
+    """The report of `v3jax.aot`."""
+    python = _TPU.value if target.platform == "tpu" else _CUDA.value
+    return compile_for(
+        exp,
+        settings,
+        target,
+        python=python,
+        timeout=TIMEOUT,
+        estimate=hlo is None,
+        hlo=hlo,
+    )
+
+
+# ---- Beside MaxText
+
+
+def theirs(text_file: Path, **options: Any) -> dict[str, Any]:
+    """What `benchmarks.maxtext_compile` measured; its program is in `text_file`."""
+    folder = Path(_MAXTEXT.value or "")
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "DECOUPLE_GCLOUD": "TRUE",
+    }
+    common = {
+        "model_name": "deepseek3-671b",
+        "compile_topology_num_slices": 1,
+        "run_name": "aot",
+        "base_output_directory": str(text_file.parent),
+        "ici_fsdp_parallelism": -1,
+        "dtype": "bfloat16",
+        "weight_dtype": "float32",
+        "megablox": True,
+        "sparse_matmul": True,
+        "attention": "flash",
+        "dataset_type": "synthetic",
+        "enable_checkpointing": False,
+        "tokenizer_type": "huggingface",
+        "tokenizer_path": "deepseek-ai/DeepSeek-V3",
+    }
+    done = subprocess.run(
+        [
+            folder / "bin" / "python",
+            Path(__file__).parent / "maxtext_compile.py",
+            text_file,
+            *(f"{name}={value}" for name, value in (common | options).items()),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT,
+        cwd=text_file.parent,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise RuntimeError(f"MaxText: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+    return json.loads(lines[-1])
+
+
+def attention_blocks(size: int) -> dict[str, int]:
+    """MaxText's tiles of its attention kernel, all of one size."""
+    parts = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    return {f"sa_block_{part}": size for part in parts}
+
+
+def sent(text_file: Path, mesh_shape: dict[str, int], n_micro: int = 1) -> float:
+    """Bytes that a device sends in a step, by every collective of a program."""
+    from v3jax.aot.hlo import Loops
+
+    module = parse(text_file.read_text(), Loops(n_micro=n_micro, expert_rows=0))
+    return float(sum(c.sent * c.count for c in read_collectives(module, mesh_shape)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One side of the comparison of whole steps."""
+
+    compile_seconds: float
+    cpu_seconds: float
+    memory: float
+    host: float
+    sent_per_token: float
+    hlo: float
+
+
+def print_step() -> None:
+    """Whole steps of 3072 sequences of 8192 tokens on 512 chips."""
+    tokens = 6 * 8192
+    settings = (
+        "data.seq_len=8192",
+        "batch.micro_batch=1024",
+        "batch.start=3072",
+        "batch.end=3072",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "program.txt"
+        got = ours("v3_full_v5p", settings, V5P_512, str(file))
+        rows = {
+            "v3jax v3_full_v5p": Row(
+                got["compile_seconds"],
+                got["cpu_seconds"],
+                got["memory_bytes_per_chip"],
+                got["host_bytes_per_chip"],
+                sum(c["bytes_per_chip"] for c in got["collectives"]) / tokens,
+                got["hlo_bytes"],
+            )
+        }
+        if _MAXTEXT.value:
+            got = theirs(
+                file,
+                compile_topology="v5p-1024",
+                ici_tensor_parallelism=1,
+                per_device_batch_size=6,
+                max_target_length=8192,
+                scan_layers=True,
+                use_custom_sort_vjp=True,
+                remat_policy="custom",
+                decoder_layer_input="offload",
+                out_proj="offload",
+                sa_use_fused_bwd_kernel=False,
+                compile_xla_flags=" ".join(f"--{flag}" for flag in THEIR_FLAGS.read_text().split()),
+                **attention_blocks(2048),
+            )
+            rows["MaxText 0.2.5, its recipe"] = Row(
+                got["compile_seconds"],
+                got["cpu_seconds"],
+                got["memory_bytes_per_chip"],
+                got["host_bytes_per_chip"],
+                sent(file, got["mesh"]) / tokens,
+                got["hlo_bytes"],
+            )
+    print(
+        f"{'512 x v5p, 49,152 tokens a chip':<34}{'compile s':>10}{'CPU s':>8}{'device GB':>11}"
+        f"{'host GB':>9}{'sent MB/token':>15}{'HLO MB':>8}"
+    )
+    for name, r in rows.items():
+        print(
+            f"{name:<34}{r.compile_seconds:>10.0f}{r.cpu_seconds:>8.0f}{r.memory / 1e9:>11.1f}"
+            f"{r.host / 1e9:>9.1f}{r.sent_per_token / 1e6:>15.1f}{r.hlo / 1e6:>8.1f}",
+            flush=True,
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a program of some layers costs on one of 64 chips."""
+
+    seconds: float
+    """By XLA, to which a kernel that declares no cost adds nothing."""
+    kernels: float
+    """Seconds of such kernels at the chip's peak."""
+    model: float
+    """FLOPs of the model."""
+    traffic: float
+    sent: float
+    links: float
+
+    def __sub__(self, other: "Layer") -> "Layer":
+        return Layer(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+
+def undeclared_seconds(text: str) -> float:
+    """Time at the chip's peak of the kernels that XLA knows no cost of."""
+    kernels = read_costs(parse(text)).kernels.values()
+    return sum(k.flops for k in kernels if not k.declared) / V5P_64.chip.peak_flops
+
+
+def our_layers(n_moe: int, data: int, expert: int, folder: Path) -> Layer:
+    """One dense and some MoE layers with node-limited routing and moving biases."""
+    file = folder / "ours.txt"
+    settings = (
+        "mesh.data=1",
+        "mesh.expert=1",
+        "batch.micro_batch=256",
+        "batch.start=256",
+        "batch.end=256",
+        f"mesh.data={data}",
+        f"mesh.expert={expert}",
+        "model.mtp_depth=0",
+        "model.n_dense_layers=1",
+        f"model.n_layers={1 + n_moe}",
+    )
+    got = ours("v3_full_v5p", settings, V5P_64, str(file))
+    return Layer(
+        seconds=got["xla"]["optimal_seconds"],
+        kernels=undeclared_seconds(file.read_text()),
+        model=got["model_flops_per_chip"],
+        traffic=got["xla"]["bytes accessed"],
+        sent=sum(c["bytes_per_chip"] for c in got["collectives"]),
+        links=sum(c["link_seconds"] for c in got["collectives"]),
+    )
+
+
+def their_layers(n_moe: int, folder: Path) -> Layer:
+    """MaxText's, with its default routing: plain top 8, no bias update."""
+    file = folder / "theirs.txt"
+    got = theirs(
+        file,
+        override_model_config=True,
+        base_num_decoder_layers=1 + n_moe,
+        first_num_dense_layers=1,
+        scan_layers=False,
+        compile_topology="v5p-128",
+        per_device_batch_size=4,
+        max_target_length=4096,
+        remat_policy="full",
+        compile_xla_flags="--xla_tpu_scoped_vmem_limit_kib=81920",
+        **attention_blocks(1024),
+    )
+    sent_bytes = sent(file, got["mesh"])
+    return Layer(
+        seconds=got["optimal_seconds"],
+        kernels=undeclared_seconds(file.read_text()),
+        model=got["model_flops_per_chip"],
+        traffic=got["bytes"],
+        sent=sent_bytes,
+        links=sent_bytes / (6 * V5P_64.chip.link_speed),  # all six links, as devices.speed
+    )
+
+
+def print_layer() -> None:
+    """What one MoE layer adds on 64 chips."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for data, expert in ((4, 16), (1, 64)):
+            one, two = (our_layers(n, data, expert, folder) for n in (1, 2))
+            rows[f"v3jax data={data} x expert={expert}"] = two - one
+        if _MAXTEXT.value:
+            one, two = (their_layers(n, folder) for n in (1, 2))
+            rows["MaxText 0.2.5, FSDP 64"] = two - one
+    print(
+        f"\n{'one MoE layer, 16,384 tokens a chip':<36}{'XLA s':>8}{'kernels s':>10}{'bound':>8}"
+        f"{'with kernels':>14}{'traffic GB':>11}{'sent GB':>9}{'links s':>8}"
+    )
+    for name, r in rows.items():
+        at_peak = r.model / V5P_64.chip.peak_flops
+        print(
+            f"{name:<36}{r.seconds:>8.3f}{r.kernels:>10.3f}{at_peak / r.seconds:>8.1%}"
+            f"{at_peak / (r.seconds + r.kernels):>14.1%}{r.traffic / 1e9:>11.0f}"
+            f"{r.sent / 1e9:>9.1f}{r.links:>8.3f}",
+            flush=True,
+        )
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    parts = {"layouts": print_layouts, "step": print_step, "layer": print_layer}
+    for part in _PARTS.value:
+        parts[part]()
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,55 @@
+"""Fused attention of the accelerators: interpreted on TPU's side, lowered on the GPU's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from v3jax.kernels import attention as kernel
+from v3jax.kernels import platform
+from v3jax.ops.attention import causal_attention
+
+B, T, H, K, V = 2, 256, 2, 192, 128
+SCALE = 0.07
+
+
+def arrays() -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    shapes = (B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H, V)
+    return [jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in shapes]
+
+
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_splash_attention_equals_the_plain_form(with_segments: bool) -> None:
+    q, k, v, probe = arrays()
+    segments = jnp.asarray(np.arange(B * T).reshape(B, T) // 100) if with_segments else None
+
+    def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return kernel.on_tpu(q, k, v, segments, SCALE, interpret=True)
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        wide = (x.astype(jnp.float32) for x in (q, k, v))
+        return causal_attention(*wide, scale=SCALE, segments_BT=segments)
+
+    out, pull = jax.vjp(fused, q, k, v)
+    wanted, pull_plain = jax.vjp(plain, q, k, v)
+    np.testing.assert_allclose(out.astype(jnp.float32), wanted, atol=2e-2)
+    gradients, wanted_gradients = pull(probe), pull_plain(probe.astype(jnp.float32))
+    for g, w in zip(gradients, wanted_gradients, strict=True):
+        g, w = (np.asarray(x, np.float32) for x in (g, w))
+        assert np.linalg.norm(g - w) < 1e-2 * np.linalg.norm(w)
+
+
+def test_blocks_divide_the_length() -> None:
+    for length in (128, 256, 1024, 4096, 4224, 8192, 131_072):
+        block = kernel._block(length, 1024)
+        assert length % block == 0
+        assert block % 128 == 0
+        assert block <= 1024
+
+
+def test_this_machine_is_what_the_mesh_says() -> None:
+    mesh = jax.make_mesh((1,), ("x",))
+    with jax.set_mesh(mesh):
+        assert platform() == jax.default_backend()
+    assert platform(mesh) == jax.default_backend()

@@ -1,0 +1,25 @@
+"""Options of XLA that a program for a pod is compiled with, by platform.
+
+They travel with the jitted function, so a launch script needs no XLA_FLAGS.
+"""
+
+from jax.sharding import AbstractMesh, Mesh
+
+from v3jax import kernels
+
+_OPTIONS: dict[str, dict[str, bool]] = {
+    "tpu": {
+        # A gather over a torus stays one, where XLA would make a sum of zeros and parts of it.
+        "xla_tpu_prefer_async_allgather_to_allreduce": True,
+    },
+    "gpu": {
+        # XLA would turn a ragged exchange between hosts into an all-gather of its whole operand.
+        "xla_gpu_unsupported_enable_ragged_all_to_all_multi_host_decomposer": False,
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+    },
+}
+
+
+def compiler_options(mesh: Mesh | AbstractMesh | None) -> dict[str, bool] | None:
+    """Options for `jax.jit` of a program on this mesh."""
+    return None if mesh is None else _OPTIONS.get(kernels.platform(mesh))
