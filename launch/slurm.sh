@@ -8,7 +8,7 @@
 #SBATCH --signal=TERM@300
 # One process a node, which drives all of the node's GPUs. From the repository's root:
 #
-#   sbatch --nodes=256 --gpus-per-node=8 --time=24:00:00 launch/slurm.sh --exp=v3_full
+#   sbatch --nodes=256 --gpus-per-node=8 --time=24:00:00 launch/slurm.sh --exp=v3_full_h100
 #
 # sbatch's options come before the script, the trainer's after it; the log of the job is
 # slurm-<job>.log, that of a task slurm-<job>-<task>.log. 300 s before the time limit the trainer

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Submits a run to a GKE cluster of TPUs that xpk made (https://github.com/AI-Hypercomputer/xpk).
 #
-#   launch/tpu_xpk.sh --cluster=C --tpu-type=v5p-128 --image=REGISTRY/v3jax:tpu --name=full \
-#     --workdir=gs://bucket/full --num-slices=8 -- --exp=v3_full
+#   launch/tpu_xpk.sh --cluster=C --tpu-type=v5p-1024 --image=REGISTRY/v3jax:tpu --name=full \
+#     --workdir=gs://bucket/full -- --exp=v3_full_v5p
 #
 # The image: docker build --build-arg EXTRA=tpu -t REGISTRY/v3jax:tpu . && docker push REGISTRY/v3jax:tpu
 # --workdir is on storage that every host reaches. --project, --zone and --priority go to xpk as they

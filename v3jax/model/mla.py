@@ -9,10 +9,10 @@ V value, K = N + R.
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from v3jax import kernels
 from v3jax.model.layers import Module
 from v3jax.ops import rope
 from v3jax.ops.attention import causal_attention
@@ -41,20 +41,16 @@ class MLA(Module):
         kv_latent_BTL, k_rope_BTR = jnp.split(kv_latent_BTL, [cfg.kv_latent_dim], axis=-1)
         kv_latent_BTL = rms_norm(kv_latent_BTL, kv_norm, cfg.latent_norm_eps)
 
-        # Each projection writes its part where attention reads it, heads first.
         theta_P = rope.frequencies(cfg)
-        nope_rope = (cfg.nope_head_dim, cfg.rope_head_dim)
-        q_nope_BHTN, q_rope_BHTR = _by_head(*self._queries(x_BTD), n_heads, nope_rope)
-        k_nope_BHTN, v_BHTV = _by_head(
-            kv_latent_BTL, kv_b, n_heads, (cfg.nope_head_dim, cfg.v_head_dim)
-        )
-        q_rope_BHTR = _rotate_heads(q_rope_BHTR, positions_T, theta_P)
+        q_nope_BTHN, q_rope_BTHR = _by_head(*self._queries(x_BTD), n_heads, (nope, rot))
+        k_nope_BTHN, v_BTHV = _by_head(kv_latent_BTL, kv_b, n_heads, (nope, cfg.v_head_dim))
+        q_rope_BTHR = rope.rotate(q_rope_BTHR, positions_T, theta_P)
         k_rope_BTR = rope.rotate(k_rope_BTR, positions_T, theta_P)
-        k_rope_BHTR = jnp.broadcast_to(k_rope_BTR[:, None], q_rope_BHTR.shape)
+        k_rope_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None], q_rope_BTHR.shape)
         out_BTHV = causal_attention(
-            jnp.concatenate([q_nope_BHTN, q_rope_BHTR], axis=-1).swapaxes(1, 2),
-            jnp.concatenate([k_nope_BHTN, k_rope_BHTR], axis=-1).swapaxes(1, 2),
-            v_BHTV.swapaxes(1, 2),
+            jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1),
+            jnp.concatenate([k_nope_BTHN, k_rope_BTHR], axis=-1),
+            v_BTHV,
             scale=rope.softmax_scale(cfg),
             segments_BT=segments_BT,
         )
@@ -77,14 +73,18 @@ class MLA(Module):
 def _by_head(
     x_BTL: jax.Array, w_LHK: jax.Array, n_heads: int, widths: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
-    """Projects to the two parts that each head's columns consist of, `[B, H, T, width]`."""
+    """Projects to the two parts that each head's columns consist of, `[B, T, H, width]`.
+
+    On TPU the heads come first in memory, where its attention kernel reads them; XLA for CPU has
+    no product of BF16 for what would follow from that.
+    """
     w_LHK = w_LHK.reshape(w_LHK.shape[0], n_heads, sum(widths))
+    on_tpu = kernels.platform() == "tpu"
+
+    def project(w_LHK: jax.Array) -> jax.Array:
+        if on_tpu:
+            return jnp.einsum("btl,lhk->bhtk", x_BTL, w_LHK).swapaxes(1, 2)
+        return jnp.einsum("btl,lhk->bthk", x_BTL, w_LHK)
+
     first, second = jnp.split(w_LHK, [widths[0]], axis=-1)
-    return jnp.einsum("btl,lhk->bhtk", x_BTL, first), jnp.einsum("btl,lhk->bhtk", x_BTL, second)
-
-
-def _rotate_heads(x_BHTR: jax.Array, positions_T: jax.Array, theta_P: np.ndarray) -> jax.Array:
-    """`rope.rotate` of heads that come first."""
-    batch, n_heads, length, width = x_BHTR.shape
-    merged = rope.rotate(x_BHTR.reshape(-1, length, width), positions_T, theta_P)
-    return merged.reshape(batch, n_heads, length, width)
+    return project(first), project(second)

@@ -119,12 +119,12 @@ _TOKENS = 128
 def places(chosen_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
     """How many earlier tokens chose each expert, `[T, E]`, and how many do in all, `[E]`; int32.
 
-    Within 128 tokens the running sum is a product with a triangle of ones, exact in any type.
+    Within 128 tokens the running sum is a product with a triangle of ones, exact at any precision.
     """
     n_tokens, n_experts = chosen_TE.shape
     padded_TE = jnp.pad(chosen_TE, ((0, -n_tokens % _TOKENS), (0, 0)))
-    chosen_GCE = padded_TE.reshape(-1, _TOKENS, n_experts).astype(jnp.bfloat16)
-    earlier_CC = jnp.tri(_TOKENS, k=-1, dtype=jnp.bfloat16)
+    chosen_GCE = padded_TE.reshape(-1, _TOKENS, n_experts).astype(jnp.float32)
+    earlier_CC = jnp.tri(_TOKENS, k=-1, dtype=jnp.float32)
     within_GCE = jnp.einsum(
         "cb,gbe->gce", earlier_CC, chosen_GCE, preferred_element_type=jnp.float32
     ).astype(jnp.int32)

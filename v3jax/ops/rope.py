@@ -54,12 +54,8 @@ def rotate(x_BTHR: jax.Array, positions_T: jax.Array, theta_P: np.ndarray) -> ja
     cos, sin = (jnp.repeat(f(angle), 2, axis=-1) for f in (jnp.cos, jnp.sin))
     x32_BTHR = widen(x_BTHR)
     # A product with ones and zeros, exact: TPUs have no way to swap neighbours but slow copies.
-    swapped_BTHR = jnp.matmul(
-        x_BTHR,
-        jnp.asarray(_swap(x_BTHR.shape[-1]), x_BTHR.dtype),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=wide(x_BTHR),
-    )
+    swap_RR = jnp.asarray(_swap(x_BTHR.shape[-1]), x32_BTHR.dtype)
+    swapped_BTHR = jnp.matmul(x32_BTHR, swap_RR, precision=jax.lax.Precision.HIGHEST)
     return (x32_BTHR * cos + swapped_BTHR * sin).astype(x_BTHR.dtype)
 
 

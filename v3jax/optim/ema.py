@@ -42,8 +42,9 @@ def absorb(ema: Any, params: Any, due: jax.Array, decay: float) -> Any:
 
 
 def memory(mesh: Mesh | AbstractMesh) -> str | None:
-    """The kind of memory that the average lies in on a mesh's devices; None: their own."""
-    return "pinned_host" if kernels.platform(mesh) in ("tpu", "gpu") else None
+    """The kind of memory that the average lies in on a mesh's devices; None: their own, as it is
+    without a mesh."""
+    return "pinned_host" if not mesh.empty and kernels.platform(mesh) in ("tpu", "gpu") else None
 
 
 def _lerp(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
