@@ -53,3 +53,25 @@ def test_this_machine_is_what_the_mesh_says() -> None:
     with jax.set_mesh(mesh):
         assert platform() == jax.default_backend()
     assert platform(mesh) == jax.default_backend()
+
+
+@pytest.mark.parametrize(
+    ("device", "fits"),
+    [
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA H800", True),
+        ("NVIDIA GH200 480GB", True),
+        ("NVIDIA B200", True),
+        ("NVIDIA A100-SXM4-80GB", False),
+        ("NVIDIA GeForce RTX 4090", False),
+    ],
+)
+def test_gpus_before_hopper_are_left_to_the_plain_form(
+    device: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, _, v, _ = arrays()
+    monkeypatch.setattr(kernel, "device_kind", lambda: device)
+    assert kernel.fits_gpu(q, v, None) == fits
+    assert not kernel.fits_gpu(q.astype(jnp.float32), v, None)
+    assert not kernel.fits_gpu(q, v, jnp.ones((B, T), jnp.int32))
+    assert not kernel.fits_gpu(q[..., :100], v, None)

@@ -15,3 +15,9 @@ def platform(mesh: Mesh | AbstractMesh | None = None) -> str:
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     device = (mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh).abstract_device
     return jax.default_backend() if device is None else str(device.platform)
+
+
+def device_kind() -> str:
+    """The kind of device that the program being traced will run on, as its maker names it."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind

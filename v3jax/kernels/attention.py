@@ -4,6 +4,7 @@ On TPU it is JAX's splash attention (Pallas), on Hopper GPUs cuDNN's; neither fo
 a whole sequence. Dims: B batch, T time, H heads, K key dim, V value dim.
 """
 
+import re
 from typing import cast
 
 import jax
@@ -14,6 +15,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as masks,
 )
+
+from v3jax.kernels import device_kind
 
 _BLOCK = 1024
 _BLOCK_BACKWARD = 512
@@ -68,6 +71,15 @@ def fits_tpu(q_BTHK: jax.Array) -> bool:
 def _block(length: int, most: int) -> int:
     """The largest part of `length` up to `most` that divides it, in whole 128s."""
     return next(size for size in range(min(most, length), 0, -128) if length % size == 0)
+
+
+def fits_gpu(q_BTHK: jax.Array, v_BTHV: jax.Array, segments_BT: jax.Array | None) -> bool:
+    """Whether cuDNN takes these shapes and this type on the target; older GPUs lack the kernel for
+    values narrower than keys."""
+    key, value = q_BTHK.shape[-1], v_BTHV.shape[-1]
+    shaped = key % 8 == 0 and value % 8 == 0 and max(key, value) <= 256
+    newer = re.search(r"\bG?(H20|H100|H200|H800|B100|B200|B300)\b", device_kind()) is not None
+    return newer and shaped and segments_BT is None and q_BTHK.dtype == jnp.bfloat16
 
 
 def on_gpu(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array, scale: float) -> jax.Array:

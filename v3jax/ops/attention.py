@@ -41,7 +41,7 @@ def causal_attention(
     with jax.named_scope("attention"):
         if platform == "tpu" and fused.fits_tpu(q_BTHK):
             return fused.on_tpu(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale)
-        if platform == "gpu" and segments_BT is None and q_BTHK.dtype == jnp.bfloat16:
+        if platform == "gpu" and fused.fits_gpu(q_BTHK, v_BTHV, segments_BT):
             return fused.on_gpu(q_BTHK, k_BTHK, v_BTHV, scale)
         if q_BTHK.shape[1] <= _LONG:
             return _attention(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale)
