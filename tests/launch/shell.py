@@ -37,7 +37,8 @@ for word in "$@"; do
     --code=*) exit "${{word#*=}}" ;;
     --list) echo "v3_full      a line"; echo "v3_sft       a line"; exit ;;
     --wait) wait=yes ;;
-    --wait-once=*) [[ -e ${{word#*=}} ]] || {{ touch "${{word#*=}}"; wait=yes; }} ;;
+    --wait-once=*) # a file a process: one that starts late is not to find the other's
+      [[ -e ${{word#*=}}.$me ]] || {{ touch "${{word#*=}}.$me"; wait=yes; }} ;;
   esac
 done
 for ((i = 0; i < 600; i++)); do
