@@ -1,10 +1,12 @@
 """The full-size step, compiled for pods that are not here, and MaxText's beside it.
 
     python -m benchmarks.full_size --tpu-python=PYTHON --cuda-python=PYTHON      # the layouts
+    python -m benchmarks.full_size --parts=recompute --tpu-python=PYTHON --cuda-python=PYTHON
     python -m benchmarks.full_size --parts=step,layer --tpu-python=PYTHON --maxtext=DIR
 
 `layouts`: every layout of `v3_full` through `v3jax.aot`, its report written to
-benchmarks/results/NAME.json. `step`: MaxText 0.2.5's own recipe for DeepSeek-V3 on 512 TPU v5p
+benchmarks/results/NAME.json. `recompute`: memory and work of a device under each `numerics.remat`.
+`step`: MaxText 0.2.5's own recipe for DeepSeek-V3 on 512 TPU v5p
 (FSDP 512, sequence 8192, 6 sequences a chip; without MTP, bias update, node-limited routing or
 balance loss) against `v3_full_v5p` with the same tokens a chip and all of them. `layer`: what one
 MoE layer of V3's widths adds to XLA's estimate on 64 v5p with 4 x 4096 tokens a chip and full
@@ -30,8 +32,9 @@ from v3jax.aot.collectives import read_collectives
 from v3jax.aot.costs import read_costs
 from v3jax.aot.hlo import parse
 from v3jax.aot.report import table
+from v3jax.aot.targets import GIB
 
-_PARTS = flags.DEFINE_list("parts", ["layouts"], "layouts, step, layer.")
+_PARTS = flags.DEFINE_list("parts", ["layouts"], "layouts, recompute, step, layer.")
 _ONLY = flags.DEFINE_list("only", [], "Names of layouts; default all.")
 _TPU = flags.DEFINE_string("tpu-python", "python", "Python of an environment with extra tpu.")
 _CUDA = flags.DEFINE_string("cuda-python", "python", "Python of an environment with extra cuda.")
@@ -58,15 +61,40 @@ def print_layouts() -> None:
     RESULTS.mkdir(exist_ok=True)
     for exp in _ONLY.value or LAYOUTS:
         target = targets.parse(LAYOUTS[exp])
-        report = ours(exp, (), target)
+        report = ours(exp, (), target, estimate=True)
         command = f"python -m v3jax.aot --exp={exp} --target={target} --json"
         text = json.dumps({"command": command, **report}, indent=1)
         (RESULTS / f"{exp}.json").write_text(text + "\n")
         print(f"{table(report)}\n", flush=True)
 
 
+def print_recompute() -> None:
+    """Compiles each layout with each policy."""
+    print(
+        f"{'layout':<16}{'numerics.remat':<16}{'fits':<6}{'GiB a device':>13}{'limit':>8}"
+        f"{'temporaries':>13}{'FLOPs of the model':>20}{'times computed':>16}"
+    )
+    for exp in _ONLY.value or LAYOUTS:
+        for policy in ("none", "report", "full"):
+            r = ours(exp, (f"numerics.remat={policy}",), targets.parse(LAYOUTS[exp]))
+            temp, flops = r["temp_bytes_per_chip"], r["flops_per_chip"]
+            print(
+                f"{exp:<16}{policy:<16}{'yes' if r['fits'] else 'no':<6}"
+                f"{r['memory_bytes_per_chip'] / GIB:>13.1f}{r['memory_limit_bytes'] / GIB:>8.1f}"
+                f"{'' if temp is None else f'{temp / GIB:.1f}':>13}"
+                f"{r['model_flops_per_chip']:>20.3g}"
+                f"{'' if flops is None else f'{flops / r["model_flops_per_chip"]:.2f}':>16}",
+                flush=True,
+            )
+
+
 def ours(
-    exp: str, settings: Sequence[str], target: targets.Target, hlo: str | None = None
+    exp: str,
+    settings: Sequence[str],
+    target: targets.Target,
+    *,
+    hlo: str | None = None,
+    estimate: bool = False,
 ) -> dict[str, Any]:
     """The report of `v3jax.aot`."""
     python = _TPU.value if target.platform == "tpu" else _CUDA.value
@@ -76,7 +104,7 @@ def ours(
         target,
         python=python,
         timeout=TIMEOUT,
-        estimate=hlo is None,
+        estimate=estimate,
         hlo=hlo,
     )
 
@@ -166,7 +194,7 @@ def print_step() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "program.txt"
-        got = ours("v3_full_v5p", settings, V5P_512, str(file))
+        got = ours("v3_full_v5p", settings, V5P_512, hlo=str(file))
         rows = {
             "v3jax v3_full_v5p": Row(
                 got["compile_seconds"],
@@ -252,7 +280,7 @@ def our_layers(n_moe: int, data: int, expert: int, folder: Path) -> Layer:
         "model.n_dense_layers=1",
         f"model.n_layers={1 + n_moe}",
     )
-    got = ours("v3_full_v5p", settings, V5P_64, str(file))
+    got = ours("v3_full_v5p", settings, V5P_64, hlo=str(file))
     return Layer(
         seconds=got["xla"]["optimal_seconds"],
         kernels=undeclared_seconds(file.read_text()),
@@ -317,7 +345,12 @@ def print_layer() -> None:
 
 def main(argv: list[str]) -> None:
     del argv
-    parts = {"layouts": print_layouts, "step": print_step, "layer": print_layer}
+    parts = {
+        "layouts": print_layouts,
+        "recompute": print_recompute,
+        "step": print_step,
+        "layer": print_layer,
+    }
     for part in _PARTS.value:
         parts[part]()
 

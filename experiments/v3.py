@@ -153,9 +153,9 @@ def v3_full_tpu7x() -> ExperimentConfig:
 @register
 def v3_full_h100() -> ExperimentConfig:
     """v3_full on 2048 H100 (256 hosts of 8): experts over 8 hosts, as in the report."""
-    # One sequence a GPU. 15,360 sequences are 7.5 on each of 2048: the next whole number, and the
+    # Two sequences a GPU. 15,360 sequences are 7.5 on each of 2048: the next whole number, and the
     # first batch in proportion.
-    batch = replace(v3_full().batch, micro_batch=2048, start=4096, end=16_384)
+    batch = replace(v3_full().batch, micro_batch=4096, start=4096, end=16_384)
     return _unpiped("v3_full_h100", MeshConfig(data=32, node=8, expert=8), batch)
 
 

@@ -11,6 +11,10 @@ _OPTIONS: dict[str, dict[str, bool]] = {
     "tpu": {
         # A gather over a torus stays one, where XLA would make a sum of zeros and parts of it.
         "xla_tpu_prefer_async_allgather_to_allreduce": True,
+        # Gathers of weights and scatters of gradients run on the SparseCores beside the products;
+        # without these flags all of them are synchronous.
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
     },
     "gpu": {
         # XLA would turn a ragged exchange between hosts into an all-gather of its whole operand.

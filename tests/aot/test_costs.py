@@ -41,6 +41,12 @@ ENTRY %main (big: f32[64,128], new: f32[1,128], i: s32[]) -> f32[2,128] {
 }
 """
 
+STARTED = MAIN.replace(
+    "%put = f32[64,128]{1,0:T(8,128)} fusion(",
+    "%start = ((f32[64,128], f32[1,128], s32[]), f32[64,128]{1,0:T(8,128)}, u32[]) fusion-start(",
+).replace("\n  ROOT %out", "\n  %put = f32[64,128]{1,0:T(8,128)} fusion-done(%start)\n  ROOT %out")
+"""As a GPU runs it beside something else."""
+
 # Of shapes as TPU programs have them, attributes shortened.
 KERNELS = """
 HloModule jit_kernels, is_scheduled=true
@@ -80,24 +86,24 @@ ENTRY %main (a: bf16[8,16], b: bf16[16,32], c: f32[4,8,16], d: f32[4,32,16]) -> 
 BLOCKS = """
 HloModule jit_blocks, is_scheduled=true
 
-%one (s: (s32[], bf16[71,32,8], s32[], s32[71])) -> (s32[], bf16[71,32,8], s32[], s32[71]) {
-  %s = (s32[], bf16[71,32,8]{2,1,0}, s32[], s32[71]{0}) parameter(0)
+%one (s: (s32[], bf16[71,32,8], s32[], bf16[71,32,4])) -> (s32[], bf16[71,32,8], s32[], bf16[71,32,4]) {
+  %s = (s32[], bf16[71,32,8]{2,1,0}, s32[], bf16[71,32,4]{2,1,0}) parameter(0)
   %m = s32[] get-tuple-element(%s), index=0
   %one = s32[] constant(1)
   %next = s32[] add(%m, %one)
-  ROOT %t = (s32[], bf16[71,32,8]{2,1,0}, s32[], s32[71]{0}) tuple(%next, %s, %m, %s)
+  ROOT %t = (s32[], bf16[71,32,8]{2,1,0}, s32[], bf16[71,32,4]{2,1,0}) tuple(%next, %s, %m, %s)
 }
 
-%more (s: (s32[], bf16[71,32,8], s32[], s32[71])) -> pred[] {
-  %s = (s32[], bf16[71,32,8]{2,1,0}, s32[], s32[71]{0}) parameter(0)
+%more (s: (s32[], bf16[71,32,8], s32[], bf16[71,32,4])) -> pred[] {
+  %s = (s32[], bf16[71,32,8]{2,1,0}, s32[], bf16[71,32,4]{2,1,0}) parameter(0)
   %m = s32[] get-tuple-element(%s), index=0
   %n = s32[] get-tuple-element(%s), index=2
   ROOT %lt = pred[] compare(%m, %n), direction=LT
 }
 
-ENTRY %main (s: (s32[], bf16[71,32,8], s32[], s32[71])) -> (s32[], bf16[71,32,8], s32[], s32[71]) {
-  %s = (s32[], bf16[71,32,8]{2,1,0}, s32[], s32[71]{0}) parameter(0)
-  ROOT %loop = (s32[], bf16[71,32,8]{2,1,0}, s32[], s32[71]{0}) while(%s), condition=%more, body=%one, metadata={op_name="jit(f)/shard_map/mlp/transpose(jvp(grouped_matmul))/while" id=3}
+ENTRY %main (s: (s32[], bf16[71,32,8], s32[], bf16[71,32,4])) -> (s32[], bf16[71,32,8], s32[], bf16[71,32,4]) {
+  %s = (s32[], bf16[71,32,8]{2,1,0}, s32[], bf16[71,32,4]{2,1,0}) parameter(0)
+  ROOT %loop = (s32[], bf16[71,32,8]{2,1,0}, s32[], bf16[71,32,4]{2,1,0}) while(%s), condition=%more, body=%one, metadata={op_name="jit(f)/shard_map/mlp/transpose(jvp(grouped_matmul))/while/body/while" id=3}
 }
 """  # noqa: E501
 
@@ -129,10 +135,12 @@ def test_layers_in_a_loop_count_as_they_do_one_by_one(monkeypatch: pytest.Monkey
     assert flat.memory_bytes < loops.memory_bytes < 1.5 * flat.memory_bytes
 
 
-def test_slices_and_updates_in_place_count_what_they_touch() -> None:
+@pytest.mark.parametrize("text", [MAIN, STARTED])
+def test_slices_and_updates_in_place_count_what_they_touch(text: str) -> None:
     row = 128 * 4
     # The update reads nothing of `big`, its new row lies in fast memory; indices are 4 bytes each.
-    assert read_costs(parse(MAIN)).memory_bytes == (row + 4) + (2 * row + 4 + 2 * row)
+    assert read_costs(parse(text)).memory_bytes == (row + 4) + (2 * row + 4 + 2 * row)
+    assert read_costs(parse(text)).flops == 2 * 128
 
 
 def test_convolutions_count_only_where_the_window_meets_the_input() -> None:

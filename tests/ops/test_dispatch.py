@@ -71,6 +71,30 @@ def test_rows_grow_with_tokens_not_with_tokens_times_experts() -> None:
         assert n_rows <= 2 * 512 * 4
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sorting_and_counting_find_the_same_places(pattern: str) -> None:
+    chosen = np.concatenate([choices(pattern), choices(pattern, t=300)])
+    chosen[::5, 1] = 8  # of no expert
+    earlier = [[(chosen[:t] == e).sum() for e in row] for t, row in enumerate(chosen)]
+    for find in (ops.sorted_places, ops.counted_places):
+        place, load = find(jnp.asarray(chosen), 8)
+        np.testing.assert_array_equal(
+            np.where(chosen < 8, place, 0), np.where(chosen < 8, earlier, 0)
+        )
+        np.testing.assert_array_equal(load, np.bincount(chosen.ravel(), minlength=9)[:8])
+
+
+@pytest.mark.parametrize("block", [1, 8])
+def test_the_layout_is_the_same_on_accelerators(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = jnp.asarray(choices("random", t=300))
+    here = ops.make_layout(chosen, 8, block)
+    monkeypatch.setattr("v3jax.kernels.platform", lambda: "gpu")
+    there = ops.make_layout(chosen, 8, block)
+    jax.tree.map(np.testing.assert_array_equal, here, there)
+
+
 def test_combine_of_dispatch_returns_each_token_once_a_choice() -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(37, 6)), jnp.float32)
     layout = ops.make_layout(jnp.asarray(choices("one_expert")), 8)

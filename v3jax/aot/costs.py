@@ -29,6 +29,7 @@ _NOTHING_MOVES = re.compile(
     "parameter|partition-id|replica-id|tuple|while|.*-done|.*-update"
 )
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding")
+_FUSIONS = ("fusion", "fusion-start")
 _WINDOWS = ("slice", "dynamic-slice", "gather")
 """Read a part of their first operand, as large as their result."""
 
@@ -106,7 +107,7 @@ def read_costs(module: Module) -> Costs:
             inner = times_of(module, computation, instruction, times)
             for other in called(instruction):
                 if other in module.computations:
-                    visit(other, inner, work if fused or opcode == "fusion" else None)
+                    visit(other, inner, work if fused or opcode in _FUSIONS else None)
 
     visit(module.entry, Times(), None)
     for count, work in costs.parts:
@@ -242,7 +243,9 @@ def _moved(module: Module, computation: Computation, instruction: Instruction) -
         return _main(results) + sum(min(r.bytes, operands[0].bytes) for r in results[:1])
     if opcode in ("dynamic-update-slice", "scatter"):
         return 2 * _main(operands[1:2] if opcode == "dynamic-update-slice" else operands[-1:])
-    if opcode == "fusion":
+    if opcode == "fusion-start":  # (operands, results, context)
+        results = results[len(operands) : -1]
+    if opcode in _FUSIONS:
         return _fusion(module.computations[called(instruction)[0]], operands, results)
     if opcode.removesuffix("-start") in KINDS and opcode.endswith("-start"):
         results = results[len(operands) : 2 * len(operands)] or results

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -56,7 +57,7 @@ class Loops:
     n_micro: int | None = None
     """Micro-batches of a step."""
     expert_rows: int | None = None
-    """Rows that one product of a device's experts works on."""
+    """Rows that one expert multiplies."""
 
 
 _HEADER = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s.*->.*\{\s*$")
@@ -222,10 +223,9 @@ def times_of(
     """How often what an instruction calls runs, if the instruction itself runs `here`.
 
     Of loops without a known number of trips, v3jax has three kinds. The outermost walks the
-    micro-batches. Where no kernel multiplies an expert's rows, a loop walks their blocks. The
-    others are passes of the expert exchange, of which a balanced batch takes one: `first .. n` is
-    taken to end at 1. A loop whose start is unknown too counts once, as does each branch of a
-    conditional.
+    micro-batches. Where no kernel multiplies an expert's rows, a loop walks its blocks. The others
+    are passes of the expert exchange, of which a balanced batch takes one: `first .. n` is taken to
+    end at 1. A loop whose start is unknown too counts once, as does each branch of a conditional.
     """
     if instruction.opcode == "conditional":
         return Times(here.count, False, here.in_unknown_loop)
@@ -249,18 +249,16 @@ def times_of(
 
 # The step's own loop stands directly under its function, those over blocks in `ops.gemm`.
 _OVER_BATCHES = r"jit\([^)]*\)(/shard_map)?/while"
-_OVER_BLOCKS = r"grouped_matmul[^/]*/while$"
+_OVER_BLOCKS = r"grouped_matmul[^/]*/while/.*while$"
 
 
 def _blocks(loop: Instruction, rows: int) -> int | None:
-    """How many blocks hold so many rows: the state has arrays `[blocks, rows of one, width]` and
-    the expert of every block."""
-    state = arrays(loop.shape)
-    counts = {a.dims[0] for a in state if a.dtype == "s32" and len(a.dims) == 1}
-    found = {a.dims[:2] for a in state if len(a.dims) == 3 and a.dims[0] in counts}
-    if len(found) != 1:
+    """How many blocks hold so many rows; the state has two arrays `[blocks, rows, width]`."""
+    found = Counter(a.dims[:2] for a in arrays(loop.shape) if len(a.dims) == 3)
+    blocks = [dims for dims, n in found.items() if n >= 2]
+    if len(blocks) != 1:
         return None
-    n_blocks, block = found.pop()
+    n_blocks, block = blocks[0]
     return min(n_blocks, -(-rows // block))
 
 

@@ -147,9 +147,10 @@ def make_report(
 def loops_of(cfg: ExperimentConfig) -> Loops:
     """What is known of the step's loops before it runs."""
     tokens = cfg.batch.micro_batch * cfg.data.seq_len // cfg.mesh.batch_shards
+    experts = cfg.model.n_experts // cfg.mesh.expert_shards  # of a device
     return Loops(
         n_micro=cfg.batch.end // cfg.batch.micro_batch,
-        expert_rows=-(-tokens // cfg.moe.dispatch_chunks) * cfg.model.top_k,
+        expert_rows=-(-tokens * cfg.model.top_k // cfg.moe.dispatch_chunks // experts),
     )
 
 

@@ -14,7 +14,9 @@ from v3jax import kernels
 from v3jax.kernels import rows as kernel
 from v3jax.kernels.grouped_matmul import Blocks
 
-_MAX_BLOCK = 128
+_MAX_BLOCK = {"gpu": 1024}
+"""By platform, 128 elsewhere. A GPU reads an expert's weight, and adds to its FP32 gradient, once a
+block, which takes longer than the products of few rows."""
 _MIN_BLOCK = 8
 
 
@@ -36,12 +38,13 @@ class Layout:
 
 
 def block_rows(n_choices: int, n_experts: int) -> int:
-    """Rows of a block: a power of two near an eighth of an expert's mean load, within 8..128.
+    """Rows of a block: a power of two near an eighth of an expert's mean load, within bounds.
 
     Smaller blocks waste less padding, larger ones make better matrix products.
     """
     mean_load = max(n_choices / n_experts, 1.0)
-    return int(np.clip(2 ** int(np.log2(mean_load) - 2), _MIN_BLOCK, _MAX_BLOCK))
+    most = _MAX_BLOCK.get(kernels.platform(), 128)
+    return int(np.clip(2 ** int(np.log2(mean_load) - 2), _MIN_BLOCK, most))
 
 
 def n_blocks_for(n_choices: int, n_experts: int, block: int) -> int:
@@ -62,20 +65,17 @@ def make_layout(
 
     The experts of a token are distinct. With `partial`, a choice equal to `n_experts` is of no
     expert and gets no row; `max_choices` is then the most that are of one (the caller sees to it),
-    all of them by default. Nothing is sorted: a choice's place is the number of earlier tokens
-    that chose its expert, which compiles and runs faster on every target.
+    all of them by default.
     """
     with jax.named_scope("make_layout"):
         n_choices, top_k = experts_TK.size, experts_TK.shape[1]
         most = n_choices if max_choices is None else min(max_choices, n_choices)
         block = block_rows(most, n_experts) if block is None else block
         n_blocks = n_blocks_for(most, n_experts, block)
-        is_TKE = experts_TK[:, :, None] == jnp.arange(n_experts)
-        place_TE, load_E = places(jnp.any(is_TKE, axis=1))
+        place_TK, load_E = places(experts_TK, n_experts)
         end_block_E = jnp.cumsum(-(-load_E // block), dtype=jnp.int32)
         first_row_E = (end_block_E - (-(-load_E // block))) * block
-        row_TE = place_TE + first_row_E
-        row_TK = jnp.sum(jnp.where(is_TKE, row_TE[:, None], 0), axis=2, dtype=jnp.int32)
+        row_TK = place_TK + _of_choices(first_row_E, experts_TK)
         if partial:
             row_TK = jnp.where(experts_TK < n_experts, row_TK, n_blocks * block)
         choice_N = jnp.full(n_blocks * block, n_choices, jnp.int32)
@@ -112,17 +112,46 @@ def blocks_of(
     return expert_M, filled_M.astype(jnp.int32), n_used
 
 
+def places(experts_TK: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array]:
+    """How many earlier tokens chose each choice's expert, `[T, K]`, and how many do in all, `[E]`.
+
+    Both int32; what stands for a choice of no expert means nothing. Processors sort the choices;
+    accelerators, which are slow at sorting, count them.
+    """
+    find = sorted_places if kernels.platform() == "cpu" else counted_places
+    return find(experts_TK, n_experts)
+
+
+def _of_choices(value_E: jax.Array, experts_TK: jax.Array) -> jax.Array:
+    """The value of each choice's expert, `[T, K]`; on accelerators without a gather of scalars."""
+    if kernels.platform() == "cpu":
+        return value_E.at[experts_TK].get(mode="clip")
+    is_TKE = experts_TK[:, :, None] == jnp.arange(value_E.shape[0])
+    return jnp.sum(jnp.where(is_TKE, value_E, 0), axis=2, dtype=value_E.dtype)
+
+
+def sorted_places(experts_TK: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array]:
+    """`places` by a stable sort: work independent of the number of experts."""
+    flat = experts_TK.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    first_E1 = jnp.searchsorted(flat[order], jnp.arange(n_experts + 1), side="left")
+    first_E1 = first_E1.astype(jnp.int32)
+    rank = jnp.zeros(flat.size, jnp.int32).at[order].set(jnp.arange(flat.size, dtype=jnp.int32))
+    return (rank - first_E1[flat]).reshape(experts_TK.shape), jnp.diff(first_E1)
+
+
 _TOKENS = 128
 """Tokens counted by one matrix product."""
 
 
-def places(chosen_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many earlier tokens chose each expert, `[T, E]`, and how many do in all, `[E]`; int32.
+def counted_places(experts_TK: jax.Array, n_experts: int) -> tuple[jax.Array, jax.Array]:
+    """`places` by running sums over all experts.
 
-    Within 128 tokens the running sum is a product with a triangle of ones, exact at any precision.
+    Within 128 tokens such a sum is a product with a triangle of ones, exact at any precision.
     """
-    n_tokens, n_experts = chosen_TE.shape
-    padded_TE = jnp.pad(chosen_TE, ((0, -n_tokens % _TOKENS), (0, 0)))
+    is_TKE = experts_TK[:, :, None] == jnp.arange(n_experts)
+    chosen_TE = jnp.any(is_TKE, axis=1)
+    padded_TE = jnp.pad(chosen_TE, ((0, -chosen_TE.shape[0] % _TOKENS), (0, 0)))
     chosen_GCE = padded_TE.reshape(-1, _TOKENS, n_experts).astype(jnp.float32)
     earlier_CC = jnp.tri(_TOKENS, k=-1, dtype=jnp.float32)
     within_GCE = jnp.einsum(
@@ -130,8 +159,9 @@ def places(chosen_TE: jax.Array) -> tuple[jax.Array, jax.Array]:
     ).astype(jnp.int32)
     load_GE = chosen_GCE.sum(1, dtype=jnp.int32)
     before_GE = jnp.cumsum(load_GE, axis=0, dtype=jnp.int32) - load_GE
-    place_TE = (before_GE[:, None] + within_GCE).reshape(-1, n_experts)[:n_tokens]
-    return place_TE, load_GE.sum(0, dtype=jnp.int32)
+    place_TE = (before_GE[:, None] + within_GCE).reshape(-1, n_experts)[: chosen_TE.shape[0]]
+    place_TK = jnp.sum(jnp.where(is_TKE, place_TE[:, None], 0), axis=2, dtype=jnp.int32)
+    return place_TK, load_GE.sum(0, dtype=jnp.int32)
 
 
 def _rows_of(x_TD: jax.Array, index_N: jax.Array) -> jax.Array:

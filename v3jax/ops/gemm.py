@@ -2,7 +2,8 @@
 
 `jax.lax.ragged_dot` multiplies every row by every expert on CPU and GPU; here a block meets only
 its own expert's weight. Small problems gather one weight a block and run one batched product;
-large ones loop over the blocks in use, so that neither memory nor work grows with the padding.
+large ones loop over the experts and each one's blocks in use, so that neither memory nor work grows
+with the padding, and a weight and its gradient stand still while rows pass by.
 Dims: N rows, M blocks, R rows of a block, E experts, I inner and O outer features.
 """
 
@@ -61,15 +62,27 @@ def _forward(x_NI: jax.Array, w_EIO: jax.Array, blocks: Blocks, product: str) ->
             return y_MRO.reshape(x_NI.shape[0], -1).astype(x_NI.dtype)
         single = product.replace("m", "")
         width = w_EIO.shape[2] if product.endswith("o") else w_EIO.shape[1]
+        first_E = _first_blocks(blocks, w_EIO.shape[0])
 
-        def one_block(m: jax.Array, y_MRO: jax.Array) -> jax.Array:
-            y_RO = jnp.einsum(
-                single, x_MRI[m], w_EIO[blocks.expert_M[m]], preferred_element_type=wide(x_NI)
-            )
-            return y_MRO.at[m].set(y_RO.astype(x_NI.dtype))
+        def one_expert(e: jax.Array, y_MRO: jax.Array) -> jax.Array:
+            w_IO = w_EIO[e]
+
+            def one_block(m: jax.Array, y_MRO: jax.Array) -> jax.Array:
+                y_RO = jnp.einsum(single, x_MRI[m], w_IO, preferred_element_type=wide(x_NI))
+                return y_MRO.at[m].set(y_RO.astype(x_NI.dtype))
+
+            return jax.lax.fori_loop(first_E[e], first_E[e + 1], one_block, y_MRO)
 
         y_MRO = jnp.zeros((*x_MRI.shape[:2], width), x_NI.dtype)
-        return jax.lax.fori_loop(0, blocks.n_used, one_block, y_MRO).reshape(-1, width)
+        y_MRO = jax.lax.fori_loop(0, w_EIO.shape[0], one_expert, y_MRO)
+        return y_MRO.reshape(-1, width)
+
+
+def _first_blocks(blocks: Blocks, n_experts: int) -> jax.Array:
+    """The first block of every expert and, last, the number of blocks in use: `[E + 1]`, int32."""
+    used_M = jnp.arange(blocks.expert_M.shape[0]) < blocks.n_used
+    before = (blocks.expert_M < jnp.arange(n_experts + 1)[:, None]) & used_M
+    return jnp.sum(before, axis=1, dtype=jnp.int32)
 
 
 def _weight_gradient(
@@ -86,11 +99,21 @@ def _weight_gradient(
             dw_MIO = jnp.einsum("mri,mro->mio", x_MRI, dy_MRO, preferred_element_type=wide(x_NI))
             return dw_EIO.at[blocks.expert_M].add(dw_MIO, indices_are_sorted=True)
 
-        def one_block(m: jax.Array, dw_EIO: jax.Array) -> jax.Array:
-            dw_IO = jnp.einsum("ri,ro->io", x_MRI[m], dy_MRO[m], preferred_element_type=wide(x_NI))
-            return dw_EIO.at[blocks.expert_M[m]].add(dw_IO)
+        first_E = _first_blocks(blocks, w_EIO.shape[0])
 
-        return jax.lax.fori_loop(0, blocks.n_used, one_block, dw_EIO)
+        def one_expert(e: jax.Array, dw_EIO: jax.Array) -> jax.Array:
+            def one_block(m: jax.Array, dw_IO: jax.Array) -> jax.Array:
+                product = jnp.einsum(
+                    "ri,ro->io", x_MRI[m], dy_MRO[m], preferred_element_type=wide(x_NI)
+                )
+                return dw_IO + product
+
+            dw_IO = jax.lax.fori_loop(
+                first_E[e], first_E[e + 1], one_block, jnp.zeros(w_EIO.shape[1:], wide(x_NI))
+            )
+            return dw_EIO.at[e].set(dw_IO)
+
+        return jax.lax.fori_loop(0, w_EIO.shape[0], one_expert, dw_EIO)
 
 
 _Residuals = tuple[jax.Array, jax.Array, Blocks]
