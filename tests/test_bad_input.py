@@ -55,6 +55,7 @@ def run_mini(
         (["optim.clip_norm=often"], "expected float"),
         (["model.n_layers=2.5"], "expected int, got float"),
         (["balance.strategy=lossfree"], "did you mean loss_free"),
+        (["balance.loss_over=sequences"], "did you mean sequence"),
         (["data.sources.9.weight=1"], "not an index"),
         (["model.n_groups=3"], "3 groups do not divide 16 experts"),
         (["model.top_k=9"], "9 experts do not fit in 2 kept groups of 4"),

@@ -121,7 +121,7 @@ def close(ours: Any, wanted: Any) -> None:
 
 def check(cfg: ExperimentConfig, routing: str) -> dict[str, Any]:
     state, metrics = stepped(cfg, routing)
-    wanted, expected = stepped(experiment(MESHES["1x1x1"]), routing)
+    wanted, expected = stepped(replace(cfg, mesh=MeshConfig(), moe=MoEConfig()), routing)
     assert jax.tree.leaves(state.params)[0].dtype == np.float64
     np.testing.assert_array_equal(metrics["load_LE"], expected["load_LE"])
     for a, b in zip(
@@ -154,6 +154,13 @@ def test_storage_chunks_and_narrow_bounds_change_nothing(name: str) -> None:
     mesh, moe = VARIANTS[name]
     metrics = check(experiment(mesh, **moe), "skewed")
     assert metrics["extra_passes"] > 0
+
+
+def test_the_batch_loss_is_that_of_the_whole_micro_batch() -> None:
+    cfg = experiment(VARIANTS["fsdp"][0])
+    balance = replace(cfg.balance, strategy="aux_loss", aux_alpha=0.3, loss_over="batch")
+    metrics = check(replace(cfg, balance=balance), "even")
+    assert metrics["balance_loss"] > 0.1
 
 
 def test_routings_are_what_they_say() -> None:

@@ -23,6 +23,7 @@ from v3jax import objective
 from v3jax.config import ExperimentConfig
 from v3jax.model import transformer
 from v3jax.optim.ema import update_ema
+from v3jax.optim.router_bias import proportional
 from v3jax.sharding import abstract_mesh, make_mesh
 from v3jax.state import (
     TrainState,
@@ -165,7 +166,7 @@ def test_every_bias_moves_once_a_step_by_the_load_of_the_whole_batch() -> None:
     wanted = np.float32(GAMMA) * sign.astype(np.float32) + np.asarray(
         layer_biases(state.router_state)
     )
-    np.testing.assert_array_equal(layer_biases(new.router_state), wanted)
+    np.testing.assert_allclose(layer_biases(new.router_state), wanted, rtol=1e-6)
     assert np.abs(sign[-1]).sum() > 0  # the prediction module's too
     violation = ((loads.max(1) - loads.mean(1)) / loads.mean(1)).mean()
     assert float(metrics["max_violation"]) == pytest.approx(violation, rel=1e-5)
@@ -325,6 +326,39 @@ def test_balance_strategies_differ_in_bias_and_balance_term_only() -> None:
     silent, _ = run(strategy("loss_free", 0.0), state, tokens, segments, 1)
     for a, b in zip(moments(silent), moments(results["none"][0]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_bias_rules_move_the_bias_of_the_loss_free_strategy_only() -> None:
+    tokens, segments = (x.reshape(1, M * B, -1) for x in micro_batches())
+    state = state_of(CFG)
+    load = run(CFG, state, tokens, segments, 1)[1]["load_LE"]
+    balance = replace(CFG.balance, bias_rule="proportional")
+    new, metrics = run(replace(CFG, balance=balance), state, tokens, segments, 1)
+    wanted = proportional(layer_biases(state.router_state), load, metrics["bias_speed"])
+    np.testing.assert_allclose(layer_biases(new.router_state), wanted, rtol=1e-6)
+    off = replace(CFG, balance=replace(balance, strategy="aux_loss"))
+    assert bits(run(off, state, tokens, segments, 1)[0].router_state) == bits(state.router_state)
+
+
+def test_an_unknown_bias_rule_is_named_before_anything_is_traced() -> None:
+    balance = replace(CFG.balance, bias_rule="signs")
+    with pytest.raises(ValueError, match="no rule 'signs'; did you mean sign"):
+        make_train_step(replace(CFG, balance=balance))
+
+
+def test_the_batch_loss_counts_each_micro_batch_by_its_sequences() -> None:
+    balance = replace(CFG.balance, strategy="aux_loss", aux_alpha=0.2, loss_over="batch")
+    cfg = replace(CFG, balance=balance)
+    tokens, segments = micro_batches()
+    state = state_of(cfg)
+    apart = run(cfg, state, tokens, segments, M)[1]["balance_loss"]
+    alone = [
+        run(cfg, state, tokens[m : m + 1], segments[m : m + 1], 1)[1]["balance_loss"]
+        for m in range(M)
+    ]
+    assert float(apart) == pytest.approx(np.mean(alone), rel=1e-5)
+    by_sequence = replace(cfg, balance=replace(balance, loss_over="sequence"))
+    assert float(run(by_sequence, state, tokens, segments, M)[1]["balance_loss"]) > float(apart)
 
 
 def test_balance_strategies_start_from_the_same_weights() -> None:

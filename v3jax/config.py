@@ -78,6 +78,9 @@ class ModelConfig:
     rope_base: float
     yarn: YarnConfig | None
     init_std: float
+    router_bias: Literal["added", "multiplied"] = "added"
+    """How a router's bias enters its choice: `s + b` as in the report, or `s (1 + b)`, a variant of
+    the loss-free balancing paper (arXiv 2408.15664, section 4.3)."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -317,6 +320,10 @@ class BalanceConfig:
     bias_speed: Schedule
     sequence_alpha: float
     aux_alpha: float
+    bias_rule: str = "sign"
+    """How the bias moves: a rule of `optim.router_bias`, or one of your own registered there."""
+    loss_over: Literal["sequence", "batch"] = "sequence"
+    """What the loss balances: every sequence, or each micro-batch as a whole (section 4.5.3)."""
 
     def __post_init__(self) -> None:
         _require_rising(self.bias_speed, "balance.bias_speed")

@@ -39,7 +39,7 @@ class LossParts:
     mtp: jax.Array
     """Mean over depths of the MTP cross-entropies, before the weight lambda."""
     balance: jax.Array
-    """Sequence-wise balance loss summed over layers, times alpha."""
+    """Balance loss summed over layers, times alpha."""
     load_LE: jax.Array
     """Tokens sent to each expert, int32; MTP's routers last."""
     overload: jax.Array
@@ -69,7 +69,7 @@ def apply_model(
 
 
 def balance_alpha(cfg: ExperimentConfig) -> float:
-    """Strength of the sequence-wise balance loss under the experiment's strategy."""
+    """Strength of the balance loss under the experiment's strategy."""
     return {
         "loss_free": cfg.balance.sequence_alpha,
         "aux_loss": cfg.balance.aux_alpha,
@@ -142,13 +142,15 @@ def loss(
         jnp.sum(jnp.where(w > 0, w * n, 0))
         for w, n in zip(weights, jnp.split(nll, depth + 1, axis=1), strict=True)
     ]
-    balance = balance_alpha(cfg) * out.stats.balance_loss.sum() / scale.n_sequences
-    exchange = out.stats.exchange
+    stats = out.stats
+    by_layer = {"sequence": stats.balance_loss, "batch": stats.batch_balance_loss}
+    balance = balance_alpha(cfg) * by_layer[cfg.balance.loss_over].sum() / scale.n_sequences
+    exchange = stats.exchange
     parts = LossParts(
         main=nlls[0],
         mtp=sum(nlls[1:], start=jnp.zeros(())) / max(depth, 1),
         balance=balance,
-        load_LE=out.stats.load_E,
+        load_LE=stats.load_E,
         overload=_mean(exchange.overload) * tokens_BS.shape[0] / scale.n_sequences,
         extra_passes=exchange.extra_passes.sum(),
         dropped=exchange.dropped.sum(),

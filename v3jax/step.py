@@ -22,7 +22,7 @@ from v3jax.config import ExperimentConfig
 from v3jax.objective import LossParts, Scale
 from v3jax.ops.accumulate import Sink, added_up, new_sink, tapped
 from v3jax.optim.adamw import adamw
-from v3jax.optim.router_bias import max_violation, update_bias
+from v3jax.optim.router_bias import find_rule, max_violation
 from v3jax.optim.schedules import learning_rate, piecewise, tokens_of
 from v3jax.sharding import BATCH_AXES, ShardingRules, is_stacked, rules_of
 from v3jax.state import (
@@ -51,6 +51,7 @@ def make_train_step(
     step, `state.catch_up` those after it. With a mesh, call it under `jax.set_mesh(mesh)`;
     the new state is pinned to where the old one lives.
     """
+    find_rule(cfg.balance.bias_rule)  # a name that is none is found before data is prepared
     rules = rules or rules_of(cfg)
     step = functools.partial(train_step, cfg, Parallel.over(cfg, mesh, rules))
     if mesh is None:
@@ -208,7 +209,7 @@ def train_step(
         bad_steps=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=opt_state,
-        router_state=_moved_biases(state.router_state, parts.load_LE, bias_speed),
+        router_state=_moved_biases(cfg, state.router_state, parts.load_LE, bias_speed),
         ema=None,
         averaged=state.averaged,
     )
@@ -242,10 +243,13 @@ def _bias_speed(cfg: ExperimentConfig, tokens: jax.Array) -> jax.Array:
     return piecewise(cfg.balance.bias_speed)(tokens)
 
 
-def _moved_biases(router_state: Any, load_LE: jax.Array, speed: jax.Array) -> Any:
-    if not jax.tree.leaves(router_state):
+def _moved_biases(
+    cfg: ExperimentConfig, router_state: Any, load_LE: jax.Array, speed: jax.Array
+) -> Any:
+    if cfg.balance.strategy != "loss_free" or not jax.tree.leaves(router_state):
         return router_state
-    return with_layer_biases(router_state, update_bias(layer_biases(router_state), load_LE, speed))
+    rule = find_rule(cfg.balance.bias_rule)
+    return with_layer_biases(router_state, rule(layer_biases(router_state), load_LE, speed))
 
 
 def _scale(

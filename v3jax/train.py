@@ -108,6 +108,7 @@ def run(
     mesh = make_mesh(cfg.mesh)
 
     with StopSignal() as stop, jax.set_mesh(mesh):
+        train_step = make_train_step(cfg, mesh)
         # ---- Data: every process prepares or reads all rows and draws those of its devices.
         dataset = open_dataset(cfg)
         processes.agree({"the data's digest": dataset.digest})
@@ -117,7 +118,6 @@ def run(
         if cfg.run.eval_sequences > len(dataset.heldout.tokens_NS):
             n_rows = len(dataset.heldout.tokens_NS)
             processes.say(f"held-out rows: {n_rows}, all of them are evaluated")
-        train_step = make_train_step(cfg, mesh)
         if check:
             preflight(cfg, workdir, dataset, mesh, train_step, feed.place)
             return Result(0, False, None, None)

@@ -152,6 +152,48 @@ def test_sequence_loss_equals_the_reference_for_each_sequence(padded: bool) -> N
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_batch_loss_is_that_of_all_sequences_as_one(padded: bool) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1.5, (4, 17, 12))
+    counted = rng.random((4, 17)) < 0.7 if padded else np.ones((4, 17), bool)
+    args = jnp.asarray(logits, jnp.float32), jnp.asarray(counted)
+    whole = ops.batch_balance_loss(args[0], top_k=3, counted_BS=args[1] if padded else None)
+    scores = reference.sigmoid(logits.reshape(-1, 12))
+    wanted = 4 * balance.sequence_loss(scores, 3, counted.reshape(-1))
+    np.testing.assert_allclose(whole, wanted, rtol=1e-5)
+
+    def share(logits: jax.Array, counted: jax.Array) -> jax.Array:
+        return ops.batch_balance_loss(logits, top_k=3, counted_BS=counted, axes=("data",))
+
+    devices = [x.reshape(2, 2, *x.shape[1:]) for x in args]
+    shares = jax.vmap(share, axis_name="data")(*devices)
+    np.testing.assert_allclose(shares.sum(), wanted, rtol=1e-5)
+
+
+def test_a_batch_may_be_balanced_where_its_sequences_are_not() -> None:
+    logits = np.full((2, 8, 4), -4.0)
+    logits[0, :, :2] = logits[1, :, 2:] = 4.0
+    x = jnp.asarray(logits, jnp.float32)
+    np.testing.assert_allclose(ops.batch_balance_loss(x, top_k=2), 2.0, rtol=1e-6)
+    assert (np.asarray(ops.sequence_balance_loss(x, top_k=2)) > 1.9).all()
+    gradient = jax.grad(lambda x: ops.batch_balance_loss(x, top_k=2))(x)
+    np.testing.assert_allclose(gradient, 0, atol=1e-7)
+
+
+def test_a_multiplied_bias_ranks_affinities_times_one_plus_it() -> None:
+    logits, bias = draw(64, 12)
+    chosen, gates = ops.route(
+        jnp.asarray(logits, jnp.float32), jnp.asarray(bias, jnp.float32), **SMALL, multiplied=True
+    )
+    for t in range(64):
+        affinity = reference.sigmoid(logits[t])
+        as_sum = affinity * bias  # s + s b = s (1 + b)
+        wanted, wanted_gates = reference.route_token(logits[t], as_sum, 4, 2, 3, 1.7)
+        np.testing.assert_array_equal(chosen[t], wanted)
+        np.testing.assert_allclose(gates[t], wanted_gates, rtol=2e-6)
+
+
 def test_sequence_loss_is_one_at_perfect_balance() -> None:
     logits = np.full((12, 12), -1.0)
     for t in range(12):

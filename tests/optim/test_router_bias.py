@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from tests.reference import router_bias as reference
-from v3jax.optim.router_bias import max_violation, update_bias
+from v3jax.optim.router_bias import bias_rule, find_rule, max_violation, proportional, sign
 
 SPEED = 0.001
 
 
 def updated(bias: np.ndarray, load: np.ndarray, speed: float = SPEED) -> np.ndarray:
     return np.asarray(
-        jax.jit(update_bias)(jnp.asarray(bias), jnp.asarray(load, jnp.int32), jnp.float32(speed))
+        jax.jit(sign)(jnp.asarray(bias), jnp.asarray(load, jnp.int32), jnp.float32(speed))
     )
 
 
@@ -57,7 +57,7 @@ def test_bias_stays_fp32_and_keeps_small_steps() -> None:
 
 def test_loads_must_be_integers() -> None:
     with pytest.raises(AssertionError):
-        update_bias(jnp.zeros((1, 2)), jnp.ones((1, 2)), jnp.float32(SPEED))
+        sign(jnp.zeros((1, 2)), jnp.ones((1, 2)), jnp.float32(SPEED))
 
 
 def test_max_violation_averages_layers() -> None:
@@ -73,3 +73,23 @@ def test_max_violation_of_known_loads() -> None:
 def test_max_violation_without_tokens_or_layers_is_zero() -> None:
     assert float(max_violation(jnp.zeros((2, 4), jnp.int32))) == 0
     assert float(max_violation(jnp.zeros((0, 4), jnp.int32))) == 0
+
+
+def test_the_proportional_rule_moves_by_the_violation() -> None:
+    load = jnp.array([[10, 0, 20, 10], [0, 0, 0, 0]], jnp.int32)
+    got = proportional(jnp.full((2, 4), 0.5), load, jnp.float32(0.1))
+    np.testing.assert_allclose(got, [[0.5, 0.6, 0.4, 0.5], [0.5] * 4], rtol=1e-6)
+
+
+def test_rules_are_found_by_the_name_of_their_function() -> None:
+    @bias_rule
+    def shrinks(bias_LE: jax.Array, load_LE: jax.Array, speed: jax.Array) -> jax.Array:
+        del load_LE
+        return bias_LE * (1 - speed)
+
+    assert find_rule("shrinks") is shrinks
+    assert find_rule("sign") is sign
+    with pytest.raises(ValueError, match=r"balance.bias_rule: no rule 'shrink'; did you mean"):
+        find_rule("shrink")
+    with pytest.raises(ValueError, match="there are proportional, "):
+        find_rule("xyz")

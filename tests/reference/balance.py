@@ -1,4 +1,4 @@
-"""The sequence-wise balance loss (report section 2.1.2, equations 17-20).
+"""The balance losses (report section 2.1.2, equations 17-20; section 4.5.3).
 
 T tokens of one sequence, E experts.
 """

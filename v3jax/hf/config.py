@@ -350,6 +350,8 @@ def render(model: ModelConfig, *, dtype: str, fp8: bool, max_positions: int) -> 
         raise ValueError(
             f"model.latent_norm_eps={model.latent_norm_eps}: only {LATENT_NORM_EPS} can be told"
         )
+    if model.router_bias != "added":
+        raise ValueError(f"model.router_bias={model.router_bias}: only 'added' can be told")
     raw: dict[str, Any] = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "attention_bias": False,

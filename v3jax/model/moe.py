@@ -36,6 +36,8 @@ class RouterStats:
     """Tokens sent to each expert, int32; padding does not count."""
     balance_loss: jax.Array
     """Sequence-wise balance loss, summed over sequences, before its factor alpha; FP32."""
+    batch_balance_loss: jax.Array
+    """The same over the micro-batch as one; on a mesh this device's share."""
     exchange: ExchangeStats
 
 
@@ -132,6 +134,7 @@ class MoE(Module):
             n_groups=cfg.n_groups,
             top_groups=cfg.top_groups,
             route_scale=cfg.route_scale,
+            multiplied=cfg.router_bias == "multiplied",
         )
         routed_ND, exchange = Experts(cfg, self.numerics, self.rules, name="experts")(
             x_ND, experts_NK, gates_NK
@@ -143,9 +146,19 @@ class MoE(Module):
                 x_BTD
             )
 
+        logits_BTE = logits_NE.reshape(*x_BTD.shape[:2], -1)
         balance_B = routing.sequence_balance_loss(
-            logits_NE.reshape(*x_BTD.shape[:2], -1), top_k=cfg.top_k, counted_BS=counted_BT
+            logits_BTE, top_k=cfg.top_k, counted_BS=counted_BT
+        )
+        axes = tuple(axis for axis in BATCH_AXES if axis in manual_axes())
+        batch_balance = routing.batch_balance_loss(
+            logits_BTE, top_k=cfg.top_k, counted_BS=counted_BT, axes=axes
         )
         counted_N = None if counted_BT is None else counted_BT.reshape(-1)
         load_E = routing.expert_load(experts_NK, cfg.n_experts, counted_N)
-        return out_BTD, RouterStats(load_E=load_E, balance_loss=balance_B.sum(), exchange=exchange)
+        return out_BTD, RouterStats(
+            load_E=load_E,
+            balance_loss=balance_B.sum(),
+            batch_balance_loss=batch_balance,
+            exchange=exchange,
+        )

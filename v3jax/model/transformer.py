@@ -154,6 +154,7 @@ def _stack_stats(stats: list[RouterStats], n_experts: int) -> RouterStats:
         return RouterStats(
             load_E=jnp.zeros((0, n_experts), jnp.int32),
             balance_loss=jnp.zeros((0,)),
+            batch_balance_loss=jnp.zeros((0,)),
             exchange=nothing,
         )
     return jax.tree.map(lambda *a: jnp.concatenate(a), *stats)

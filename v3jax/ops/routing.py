@@ -17,6 +17,7 @@ def route(
     n_groups: int,
     top_groups: int,
     route_scale: float,
+    multiplied: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Node-limited top-k choice by biased affinity, gates from the unbiased one (eq. 12-16).
 
@@ -27,13 +28,15 @@ def route(
     Args:
       logits_TE: router logits, FP32.
       bias_E: router bias, FP32.
+      multiplied: whether affinities are ranked times `1 + bias` instead of plus it.
 
     Returns:
       `(experts_TK, gates_TK)`: int32 indices and FP32 gates that sum to `route_scale`.
     """
     with jax.named_scope("route"):
         affinity_TE = jax.nn.sigmoid(widen(logits_TE))
-        ranking_TE = jax.lax.stop_gradient(affinity_TE) + bias_E
+        ranking_TE = jax.lax.stop_gradient(affinity_TE)
+        ranking_TE = ranking_TE * (1 + bias_E) if multiplied else ranking_TE + bias_E
         experts_TK = choose(ranking_TE, top_k=top_k, n_groups=n_groups, top_groups=top_groups)
         chosen_TK = jnp.take_along_axis(affinity_TE, experts_TK, axis=-1)
         gates_TK = route_scale * chosen_TK / (chosen_TK.sum(-1, keepdims=True) + 1e-20)
@@ -73,17 +76,49 @@ def sequence_balance_loss(
     `counted_BS` false (padding) are left out of both.
     """
     with jax.named_scope("sequence_balance_loss"):
-        affinity_BSE = jax.nn.sigmoid(widen(logits_BSE))
-        share_BSE = affinity_BSE / affinity_BSE.sum(-1, keepdims=True)
-        n_experts = affinity_BSE.shape[-1]
-        best_BSK = jax.lax.top_k(jax.lax.stop_gradient(affinity_BSE), top_k)[1]
-        hits_BSE = jnp.any(best_BSK[..., None] == jnp.arange(n_experts), axis=2)
-        hits_BSE = hits_BSE.astype(affinity_BSE.dtype)
-        if counted_BS is None:
-            f_BE = hits_BSE.mean(1) * (n_experts / top_k)
-            p_BE = share_BSE.mean(1)
-        else:
-            weight_BS = counted_BS / jnp.maximum(counted_BS.sum(-1, keepdims=True), 1)
-            f_BE = jnp.einsum("bs,bse->be", weight_BS, hits_BSE) * (n_experts / top_k)
-            p_BE = jnp.einsum("bs,bse->be", weight_BS, share_BSE)
+        f_BE, p_BE = _hits_and_shares(logits_BSE, top_k, counted_BS)
         return jnp.sum(jax.lax.stop_gradient(f_BE) * p_BE, axis=-1)
+
+
+def batch_balance_loss(
+    logits_BSE: jax.Array,
+    *,
+    top_k: int,
+    counted_BS: jax.Array | None = None,
+    axes: tuple[str, ...] = (),
+) -> jax.Array:
+    """The same over all positions of a micro-batch as one (section 4.5.3), times its sequences.
+
+    So it compares with the sum of `sequence_balance_loss`. A scalar; with `axes`, names of mesh
+    axes inside `jax.shard_map` over which the batch is split, a device's share of it.
+    """
+    with jax.named_scope("batch_balance_loss"):
+        f_BE, p_BE = _hits_and_shares(logits_BSE, top_k, counted_BS)
+        shape = logits_BSE.shape[:2]
+        counted_BS = jnp.ones(shape, bool) if counted_BS is None else counted_BS
+        n_B = jnp.sum(counted_BS, axis=1, dtype=jnp.float32)
+
+        def over_devices(x: jax.Array) -> jax.Array:
+            return jax.lax.psum(x, axes) if axes else x
+
+        n_sequences = over_devices(jnp.float32(shape[0]))
+        n_counted = jnp.maximum(over_devices(jnp.sum(n_B)), 1)
+        f_E = over_devices(jax.lax.stop_gradient(jnp.einsum("b,be->e", n_B, f_BE))) / n_counted
+        return n_sequences * jnp.sum(f_E * jnp.einsum("b,be->e", n_B, p_BE)) / n_counted
+
+
+def _hits_and_shares(
+    logits_BSE: jax.Array, top_k: int, counted_BS: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """`f` and `P` of every sequence, `[B, E]`, as in `sequence_balance_loss`."""
+    affinity_BSE = jax.nn.sigmoid(widen(logits_BSE))
+    share_BSE = affinity_BSE / affinity_BSE.sum(-1, keepdims=True)
+    n_experts = affinity_BSE.shape[-1]
+    best_BSK = jax.lax.top_k(jax.lax.stop_gradient(affinity_BSE), top_k)[1]
+    hits_BSE = jnp.any(best_BSK[..., None] == jnp.arange(n_experts), axis=2)
+    hits_BSE = hits_BSE.astype(affinity_BSE.dtype)
+    if counted_BS is None:
+        return hits_BSE.mean(1) * (n_experts / top_k), share_BSE.mean(1)
+    weight_BS = counted_BS / jnp.maximum(counted_BS.sum(-1, keepdims=True), 1)
+    f_BE = jnp.einsum("bs,bse->be", weight_BS, hits_BSE) * (n_experts / top_k)
+    return f_BE, jnp.einsum("bs,bse->be", weight_BS, share_BSE)
