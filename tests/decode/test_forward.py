@@ -16,6 +16,7 @@ from v3jax.model.moe import MoE
 from v3jax.weights import FP32
 
 MANY = small.config(n_experts=64, top_k=3)
+TIMES = small.config(n_experts=64, top_k=3, router_bias="multiplied")
 
 
 def mixture(model: Any) -> tuple[Any, Any]:
@@ -27,7 +28,7 @@ def mixture(model: Any) -> tuple[Any, Any]:
     return jax.tree.map(lambda x: small.to_jax(x[0]), (params, state["mlp"]))
 
 
-@pytest.mark.parametrize("model", [MODEL, MANY], ids=["12 experts", "64 experts"])
+@pytest.mark.parametrize("model", [MODEL, MANY, TIMES], ids=["12", "64", "multiplied"])
 def test_a_mixture_is_trainings_for_any_number_of_tokens(model: Any) -> None:
     params, state = mixture(model)
     h_BTD = jax.random.normal(jax.random.key(0), (3, 11, model.dim))

@@ -615,6 +615,7 @@ def test_v3_is_written_as_released() -> None:
     ("changes", "named"),
     [
         ({"latent_norm_eps": 1e-5}, "model.latent_norm_eps=1e-05: only 1e-06"),
+        ({"router_bias": "multiplied"}, "model.router_bias=multiplied: only 'added'"),
         ({"n_shared_experts": 0}, "n_shared_experts=0"),
         ({"init_std": 0.0}, "initializer_range=0.0"),
         ({"rope_base": 1.0}, "rope_theta=1.0"),

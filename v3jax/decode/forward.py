@@ -243,6 +243,7 @@ def moe(
         n_groups=model.n_groups,
         top_groups=model.top_groups,
         route_scale=model.route_scale,
+        multiplied=model.router_bias == "multiplied",
     )
     if "copies" in params:
         experts_NK = replicas_of(params["copies"], experts_NK)
