@@ -22,7 +22,7 @@ FLOORS = (
     {"objective", "pipeline", "weights"},
     {"state", "step", "checkpoint", "metrics", "progress", "report", "decode", "hf"},
     {"models", "preflight", "summary"},
-    {"train", "grpo", "evaluate", "evals", "sample", "convert", "aot", "cost"},
+    {"train", "grpo", "evaluate", "evals", "sample", "convert", "aot", "cost", "ablation"},
 )
 
 # Folders that may use a neighbour on their floor: importer, imported.

@@ -1,0 +1,157 @@
+"""Variants of an experiment on several seeds, and figures with their uncertainty.
+
+    runs = ablate("v3_tiny", {"loss_free": [], "none": ["balance.strategy=none"]}, folder="runs/b")
+    print(table(runs, {"MaxViolation": closing("max_violation"), "loss": closing("eval_loss", 1)}))
+
+Every run is an ordinary run directory, `folder/VARIANT/SEED`: a call that is repeated continues
+what was interrupted and reads what is there. Variants of one seed see the same data in the same
+order and start from the same weights, so differences are taken seed by seed.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from scipy import stats
+
+from v3jax import config, registry, train
+from v3jax.config import ExperimentConfig
+from v3jax.metrics import read_rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run."""
+
+    variant: str
+    seed: int
+    folder: Path
+    cfg: ExperimentConfig
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """`metrics.jsonl`, one mapping a step."""
+        return read_rows(self.folder / "metrics.jsonl")
+
+    @cached_property
+    def loads(self) -> list[dict[str, Any]]:
+        """`loads.jsonl`: tokens sent to each expert of each layer at some steps."""
+        return read_rows(self.folder / "loads.jsonl")
+
+    def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps at which a metric was recorded, and its values."""
+        found = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
+        steps, values = zip(*found, strict=True)
+        return np.array(steps), np.array(values, float)
+
+
+Figure = Callable[[Run], float]
+
+
+def closing(name: str, last: int = 20) -> Figure:
+    """The mean of a metric's last recorded values."""
+    return lambda run: float(run.curve(name)[1][-last:].mean())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and half of its two-sided 95% interval by Student's t; NaN for one seed."""
+
+    mean: float
+    half: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} ± {self.half:.2g}" if self.n > 1 else f"{self.mean:.4g}"
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and interval of independent values."""
+    n = len(values)
+    if n == 0:
+        raise ValueError("an estimate needs at least one value")
+    if n == 1:
+        return Estimate(float(values[0]), float("nan"), 1)
+    error = float(np.std(values, ddof=1)) / np.sqrt(n)
+    return Estimate(float(np.mean(values)), float(stats.t.ppf(0.975, n - 1)) * error, n)
+
+
+def ablate(
+    exp: str | ExperimentConfig,
+    variants: Mapping[str, Sequence[str]],
+    *,
+    folder: str | Path,
+    seeds: Sequence[int] = (0, 1, 2),
+    settings: Sequence[str] = (),
+    log: TextIO | None = None,
+) -> dict[str, list[Run]]:
+    """Trains every variant on every seed, one seed after the other.
+
+    Args:
+      exp: a registered name or an experiment.
+      variants: assignments as of `--set` by a name that can be a folder's.
+      settings: assignments of all variants.
+      log: where the runs print, by default nowhere.
+
+    Raises:
+      ValueError: a name or setting that cannot be used, or a folder of another experiment.
+      KeyboardInterrupt: a run was told to stop; the same call continues.
+    """
+    base = config.override(registry.get(exp) if isinstance(exp, str) else exp, list(settings))
+    for name in variants:
+        if not name or name != Path(name).name or name.startswith("."):
+            raise ValueError(f"variant {name!r}: must be usable as a folder's name")
+    planned = [
+        Run(name, seed, Path(folder) / name / str(seed), config.override(base, [*changes, *own]))
+        for seed in seeds
+        for name, changes in variants.items()
+        for own in [[f"run.seed={seed}"]]
+    ]
+    found: dict[str, list[Run]] = {name: [] for name in variants}
+    for run in planned:
+        _train(run, log)
+        found[run.variant].append(run)
+    return found
+
+
+def _train(run: Run, log: TextIO | None) -> None:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(log or nowhere):
+        result = train.run(run.cfg, run.folder)
+    if not result.finished:
+        raise KeyboardInterrupt(f"{run.folder}: stopped at step {result.step}")
+
+
+def by_variant(runs: Mapping[str, Sequence[Run]], figure: Figure) -> dict[str, Estimate]:
+    """A figure of every variant over its seeds."""
+    return {name: estimate([figure(run) for run in some]) for name, some in runs.items()}
+
+
+def difference(runs: Mapping[str, Sequence[Run]], figure: Figure, a: str, b: str) -> Estimate:
+    """`a` minus `b`, seed by seed: what both owe to a seed drops out."""
+    pairs = zip(runs[a], runs[b], strict=True)
+    return estimate([figure(one) - figure(other) for one, other in pairs])
+
+
+def table(runs: Mapping[str, Sequence[Run]], figures: Mapping[str, Figure]) -> str:
+    """One line a variant, one column a figure, as text."""
+    columns = {name: by_variant(runs, figure) for name, figure in figures.items()}
+    lines = [["variant", *columns]]
+    lines += [[variant, *(str(c[variant]) for c in columns.values())] for variant in runs]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

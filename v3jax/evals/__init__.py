@@ -1,0 +1,1 @@
+"""What a trained model is worth, without a download (`by_source`)."""
