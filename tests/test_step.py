@@ -336,6 +336,9 @@ def test_bias_rules_move_the_bias_of_the_loss_free_strategy_only() -> None:
     new, metrics = run(replace(CFG, balance=balance), state, tokens, segments, 1)
     wanted = proportional(layer_biases(state.router_state), load, metrics["bias_speed"])
     np.testing.assert_allclose(layer_biases(new.router_state), wanted, rtol=1e-6)
+    assert float(metrics["bias_mean"]) == pytest.approx(float(wanted.mean()), rel=1e-5)
+    ranges = np.ptp(np.asarray(wanted), axis=1)
+    assert float(metrics["bias_spread"]) == pytest.approx(ranges.mean(), rel=1e-5)
     off = replace(CFG, balance=replace(balance, strategy="aux_loss"))
     assert bits(run(off, state, tokens, segments, 1)[0].router_state) == bits(state.router_state)
 

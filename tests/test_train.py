@@ -31,6 +31,8 @@ ALWAYS = {
     "grad_norm",
     "batch_size",
     "bias_speed",
+    "bias_mean",
+    "bias_spread",
     "max_violation",
     "tokens_per_second",
     "step_seconds",

@@ -215,6 +215,7 @@ def train_step(
     )
     kept = replace(state, bad_steps=state.bad_steps + 1)
     new = jax.tree.map(lambda a, b: jnp.where(committed, a, b), new, kept)
+    bias_mean, bias_spread = _bias_drift(new.router_state)
     metrics = {
         "loss": parts.main,
         "mtp_loss": parts.mtp,
@@ -222,6 +223,8 @@ def train_step(
         "lr": lr,
         "grad_norm": grad_norm,
         "bias_speed": bias_speed,
+        "bias_mean": bias_mean,
+        "bias_spread": bias_spread,
         "mtp_weight": mtp_weight,
         "max_violation": max_violation(parts.load_LE),
         "committed": committed.astype(jnp.int32),
@@ -250,6 +253,14 @@ def _moved_biases(
         return router_state
     rule = find_rule(cfg.balance.bias_rule)
     return with_layer_biases(router_state, rule(layer_biases(router_state), load_LE, speed))
+
+
+def _bias_drift(router_state: Any) -> tuple[jax.Array, jax.Array]:
+    """Mean of all router biases, and their range averaged over layers; 0 without routers."""
+    if not jax.tree.leaves(router_state):
+        return jnp.zeros(()), jnp.zeros(())
+    bias_LE = layer_biases(router_state)
+    return bias_LE.mean(), jnp.ptp(bias_LE, axis=-1).mean()
 
 
 def _scale(

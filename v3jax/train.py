@@ -67,6 +67,8 @@ _FLOAT_METRICS = (
     "lr",
     "grad_norm",
     "bias_speed",
+    "bias_mean",
+    "bias_spread",
     "mtp_weight",
     "max_violation",
     "rank_overload",
