@@ -20,6 +20,7 @@ def runs(folder: Path, **options: Any) -> dict[str, list[ablation.Run]]:
     return ablate(mini.config(), VARIANTS, folder=folder, seeds=(0, 1), settings=SHORT, **options)
 
 
+@pytest.mark.slow
 def test_every_variant_runs_on_every_seed_and_is_kept(tmp_path: Path) -> None:
     log = io.StringIO()
     found = runs(tmp_path, log=log)
