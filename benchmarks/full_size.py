@@ -107,7 +107,8 @@ def print_recompute() -> None:
                 flush=True,
             )
 
-    command = "--parts=recompute --tpu-python=PYTHON --cuda-python=PYTHON"
+    only = f" --only={','.join(_ONLY.value)}" if _ONLY.value else ""
+    command = f"--parts=recompute{only} --tpu-python=PYTHON --cuda-python=PYTHON"
     keep("recompute", f"python -m benchmarks.full_size {command}", kept)
 
 
