@@ -3,15 +3,17 @@
     python -m benchmarks.full_size --tpu-python=PYTHON --cuda-python=PYTHON      # the layouts
     python -m benchmarks.full_size --parts=recompute --tpu-python=PYTHON --cuda-python=PYTHON
     python -m benchmarks.full_size --parts=step,layer --tpu-python=PYTHON --maxtext=DIR
+    python -m benchmarks.full_size --parts=readme        # what is in results, as the README has it
 
-`layouts`: every layout of `v3_full` through `v3jax.aot`, its report written to
-benchmarks/results/NAME.json. `recompute`: memory and work of a device under each `numerics.remat`.
-`step`: MaxText 0.2.5's own recipe for DeepSeek-V3 on 512 TPU v5p
-(FSDP 512, sequence 8192, 6 sequences a chip; without MTP, bias update, node-limited routing or
-balance loss) against `v3_full_v5p` with the same tokens a chip and all of them. `layer`: what one
-MoE layer of V3's widths adds to XLA's estimate on 64 v5p with 4 x 4096 tokens a chip and full
-recompute, as the difference of one dense + two MoE layers and one dense + one. Both programs'
-collectives and kernels are counted by the reader of `v3jax.aot`. `--maxtext` is a folder with
+What each part finds is also written to benchmarks/results, with the command.
+
+`layouts`: every layout of `v3_full` through `v3jax.aot`. `recompute`: memory and work of a device
+under each `numerics.remat`. `step`: MaxText 0.2.5's own recipe for DeepSeek-V3 on 512 TPU v5p (FSDP
+512, sequence 8192, 6 sequences a chip; without MTP, bias update, node-limited routing or balance
+loss) against `v3_full_v5p` with the same tokens a chip and all of them. `layer`: what one MoE layer
+of V3's widths adds to XLA's estimate on 64 v5p with 4 x 4096 tokens a chip and full recompute, as
+the difference of one dense + two MoE layers and one dense + one. Both programs' collectives and
+kernels are counted by the reader of `v3jax.aot`. `--maxtext` is a folder with
 benchmarks/maxtext_requirements.txt installed and libtpu.
 """
 
@@ -19,8 +21,9 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ from v3jax.aot.hlo import parse
 from v3jax.aot.report import table
 from v3jax.aot.targets import GIB
 
-_PARTS = flags.DEFINE_list("parts", ["layouts"], "layouts, recompute, step, layer.")
+_PARTS = flags.DEFINE_list("parts", ["layouts"], "layouts, recompute, step, layer, readme.")
 _ONLY = flags.DEFINE_list("only", [], "Names of layouts; default all.")
 _TPU = flags.DEFINE_string("tpu-python", "python", "Python of an environment with extra tpu.")
 _CUDA = flags.DEFINE_string("cuda-python", "python", "Python of an environment with extra cuda.")
@@ -53,18 +56,23 @@ THEIR_FLAGS = Path(__file__).parent / "maxtext_flags.txt"
 """Of MaxText's recipe `deepseek3_671b_v5p_1024`, but for one that this libtpu does not know."""
 
 
+def keep(name: str, command: str, found: Mapping[str, Any]) -> None:
+    """Writes results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    about = {"command": command, "date": date.today().isoformat()}
+    (RESULTS / f"{name}.json").write_text(json.dumps(about | dict(found), indent=1) + "\n")
+
+
 # ---- The layouts
 
 
 def print_layouts() -> None:
     """Compiles each layout and keeps its report."""
-    RESULTS.mkdir(exist_ok=True)
     for exp in _ONLY.value or LAYOUTS:
         target = targets.parse(LAYOUTS[exp])
         report = ours(exp, (), target, estimate=True)
         command = f"python -m v3jax.aot --exp={exp} --target={target} --json"
-        text = json.dumps({"command": command, **report}, indent=1)
-        (RESULTS / f"{exp}.json").write_text(text + "\n")
+        keep(exp, command, report)
         print(f"{table(report)}\n", flush=True)
 
 
@@ -72,20 +80,36 @@ def print_recompute() -> None:
     """Compiles each layout with each policy."""
     print(
         f"{'layout':<16}{'numerics.remat':<16}{'fits':<6}{'GiB a device':>13}{'limit':>8}"
-        f"{'temporaries':>13}{'FLOPs of the model':>20}{'times computed':>16}"
+        f"{'temporaries':>13}{'model FLOPs':>14}{'FLOPs over them':>17}"
     )
+    kept: dict[str, Any] = {}
     for exp in _ONLY.value or LAYOUTS:
         for policy in ("none", "report", "full"):
             r = ours(exp, (f"numerics.remat={policy}",), targets.parse(LAYOUTS[exp]))
             temp, flops = r["temp_bytes_per_chip"], r["flops_per_chip"]
+            kept.setdefault(exp, {})[policy] = {
+                name: r[name]
+                for name in (
+                    "fits",
+                    "over_bytes",
+                    "memory_bytes_per_chip",
+                    "temp_bytes_per_chip",
+                    "flops_per_chip",
+                    "model_flops_per_chip",
+                )
+            }
             print(
                 f"{exp:<16}{policy:<16}{'yes' if r['fits'] else 'no':<6}"
                 f"{r['memory_bytes_per_chip'] / GIB:>13.1f}{r['memory_limit_bytes'] / GIB:>8.1f}"
                 f"{'' if temp is None else f'{temp / GIB:.1f}':>13}"
-                f"{r['model_flops_per_chip']:>20.3g}"
-                f"{'' if flops is None else f'{flops / r["model_flops_per_chip"]:.2f}':>16}",
+                f"{r['model_flops_per_chip']:>14.3g}"
+                f"{'' if flops is None else f'{flops / r["model_flops_per_chip"]:.2f}':>17}",
                 flush=True,
             )
+
+    only = f" --only={','.join(_ONLY.value)}" if _ONLY.value else ""
+    command = f"--parts=recompute{only} --tpu-python=PYTHON --cuda-python=PYTHON"
+    keep("recompute", f"python -m benchmarks.full_size {command}", kept)
 
 
 def ours(
@@ -239,6 +263,8 @@ def print_step() -> None:
             f"{r.host / 1e9:>9.1f}{r.sent_per_token / 1e6:>15.1f}{r.hlo / 1e6:>8.1f}",
             flush=True,
         )
+    command = "python -m benchmarks.full_size --parts=step --tpu-python=PYTHON --maxtext=DIR"
+    keep("step", command, {name: asdict(r) for name, r in rows.items()})
 
 
 @dataclass(frozen=True)
@@ -320,27 +346,140 @@ def their_layers(n_moe: int, folder: Path) -> Layer:
 
 def print_layer() -> None:
     """What one MoE layer adds on 64 chips."""
-    rows = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for data, expert in ((4, 16), (1, 64)):
-            one, two = (our_layers(n, data, expert, folder) for n in (1, 2))
-            rows[f"v3jax data={data} x expert={expert}"] = two - one
-        if _MAXTEXT.value:
-            one, two = (their_layers(n, folder) for n in (1, 2))
-            rows["MaxText 0.2.5, FSDP 64"] = two - one
     print(
         f"\n{'one MoE layer, 16,384 tokens a chip':<36}{'XLA s':>8}{'kernels s':>10}{'bound':>8}"
-        f"{'with kernels':>14}{'traffic GB':>11}{'sent GB':>9}{'links s':>8}"
+        f"{'with kernels':>14}{'traffic GB':>11}{'sent GB':>9}{'links s':>8}",
+        flush=True,
     )
-    for name, r in rows.items():
+    rows: dict[str, dict[str, float]] = {}
+
+    def add(name: str, one: Layer, two: Layer) -> None:
+        r = two - one
         at_peak = r.model / V5P_64.chip.peak_flops
+        rows[name] = asdict(r) | {"bound": at_peak / r.seconds}
         print(
             f"{name:<36}{r.seconds:>8.3f}{r.kernels:>10.3f}{at_peak / r.seconds:>8.1%}"
             f"{at_peak / (r.seconds + r.kernels):>14.1%}{r.traffic / 1e9:>11.0f}"
             f"{r.sent / 1e9:>9.1f}{r.links:>8.3f}",
             flush=True,
         )
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for data, expert in ((1, 64), (4, 16)):
+            label = f"v3jax data={data} x expert={expert}"
+            add(label, *(our_layers(n, data, expert, folder) for n in (1, 2)))
+        if _MAXTEXT.value:
+            add("MaxText 0.2.5, FSDP 64", *(their_layers(n, folder) for n in (1, 2)))
+    command = "python -m benchmarks.full_size --parts=layer --tpu-python=PYTHON --maxtext=DIR"
+    keep("layer", command, rows)
+
+
+# ---- The README's tables
+
+
+def print_readme() -> None:
+    """The kept results as the Markdown tables of the README."""
+    found = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in LAYOUTS}
+    print(_markdown(["", *(f"`{name}`" for name in found)], _layout_rows(list(found.values()))))
+    steps, layers, recompute = (
+        json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("step", "layer", "recompute")
+    )
+    print()
+    print(
+        _markdown(
+            ["a step", "compiled in", "memory", "host", "sent a token"],
+            [
+                [
+                    name,
+                    f"{r['compile_seconds']:.0f} s, {r['cpu_seconds']:.0f} CPU s",
+                    f"{r['memory'] / 1e9:.1f} GB",
+                    f"{r['host'] / 1e9:.1f} GB",
+                    f"{r['sent_per_token'] / 1e6:.1f} MB",
+                ]
+                for name, r in steps.items()
+                if isinstance(r, dict)
+            ],
+        )
+    )
+    print()
+    print(
+        _markdown(
+            ["one MoE layer", "by XLA", "bound", "with attention", "traffic", "sent", "links"],
+            [
+                [
+                    name,
+                    f"{r['seconds']:.3f} s",
+                    f"{r['bound']:.1%}",
+                    f"{r['bound'] * r['seconds'] / (r['seconds'] + r['kernels']):.1%}",
+                    f"{r['traffic'] / 1e9:.0f} GB",
+                    f"{r['sent'] / 1e9:.1f} GB",
+                    f"{r['links']:.3f} s",
+                ]
+                for name, r in layers.items()
+                if isinstance(r, dict)
+            ],
+        )
+    )
+    print()
+    policies = ("none", "report", "full")
+    print(
+        _markdown(
+            ["GiB a device, FLOPs over the model's", *(f"`{p}`" for p in policies)],
+            [
+                [f"`{name}`", *(_policy(r[p]) for p in policies)]
+                for name, r in recompute.items()
+                if isinstance(r, dict)
+            ],
+        )
+    )
+
+
+def _policy(r: Mapping[str, Any]) -> str:
+    size = f"{r['memory_bytes_per_chip'] / GIB:.1f}"
+    if not r["fits"]:
+        return f"{size}: {r['over_bytes'] / GIB:.1f} too much"
+    return f"{size}, {r['flops_per_chip'] / r['model_flops_per_chip']:.2f}"
+
+
+def _layout_rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    def row(label: str, value: Callable[[Mapping[str, Any]], str]) -> list[str]:
+        return [label, *(value(r) for r in reports)]
+
+    return [
+        row("target", lambda r: f"`{r['target']}`"),
+        row("devices", lambda r: f"{r['n_devices']:,}"),
+        row(
+            "GiB a device",
+            lambda r: (
+                f"{r['memory_bytes_per_chip'] / GIB:.1f} of {r['memory_limit_bytes'] / GIB:.1f}"
+            ),
+        ),
+        row("GiB of host memory a device", lambda r: f"{r['host_bytes_per_chip'] / GIB:.1f}"),
+        row("products at peak, s", lambda r: f"{r['roofline_seconds']['flops']:.1f}"),
+        row("memory traffic, s", lambda r: f"{r['roofline_seconds']['memory']:.1f}"),
+        row("busiest links, s", lambda r: f"{r['roofline_seconds']['links']:.1f}"),
+        row(
+            "by XLA, s",
+            lambda r: (
+                "unknown"
+                if r["estimated_step_seconds"] is None
+                else f"{r['estimated_step_seconds']:.1f}"
+            ),
+        ),
+        row("MFU at most", lambda r: f"{r['mfu_bound']:.1%}"),
+        row("tokens a second and device", lambda r: f"{r['tokens_per_second_per_chip']:,.0f}"),
+        row(
+            "compiled in",
+            lambda r: f"{r['compile_seconds']:.0f} s, {r['peak_rss_bytes'] / GIB:.1f} GiB",
+        ),
+    ]
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv: list[str]) -> None:
@@ -350,6 +489,7 @@ def main(argv: list[str]) -> None:
         "recompute": print_recompute,
         "step": print_step,
         "layer": print_layer,
+        "readme": print_readme,
     }
     for part in _PARTS.value:
         parts[part]()

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,15 @@ def test_experiments_it_speaks_of_are_registered(readme: str) -> None:
     spoken = set(re.findall(r"--exp=(v3_\w+)", readme))
     assert spoken
     assert spoken <= set(registry.names())
+
+
+def test_tables_of_compiled_steps_are_those_of_the_kept_results(readme: str, repo: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.full_size", "--parts=readme"]
+    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True)
+    tables = done.stdout.strip().split("\n\n")
+    assert len(tables) == 4
+    for table in tables:
+        assert table in readme
 
 
 def test_ci_runs_the_readme_test_command(readme: str, repo: Path) -> None:

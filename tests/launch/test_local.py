@@ -29,8 +29,10 @@ def _start(folder: Path, *arguments: object, **variables: object) -> subprocess.
 
 
 def _hear() -> None:
-    """Takes SIGINT, whatever the tests were started with: a shell's background job ignores it."""
+    """Takes signals, whatever the tests were started with: a shell's background job ignores SIGINT,
+    what `nohup` starts SIGHUP."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _left(folder: Path) -> list[str]:
