@@ -16,6 +16,7 @@ from v3jax.config import (
     MeshConfig,
     ModelConfig,
     NumericsConfig,
+    SourceConfig,
 )
 from v3jax.registry import register
 
@@ -85,6 +86,43 @@ def v3_tiny_long() -> ExperimentConfig:
         run=replace(tiny.run, eval_every=200, checkpoint_every=200),
     )
     return scaled_to(cfg, 2.4e6)
+
+
+@register
+def v3_ablation() -> ExperimentConfig:
+    """v3_tiny made small enough for dozens of runs on a laptop; three unlike domains of text."""
+    tiny = v3_tiny()
+    cfg = replace(
+        tiny,
+        name="v3_ablation",
+        model=replace(
+            tiny.model,
+            dim=128,
+            n_layers=3,
+            q_latent_dim=None,
+            kv_latent_dim=32,
+            dense_ffn_dim=384,
+            expert_ffn_dim=64,
+            init_std=0.045,  # the report's 0.006 times sqrt(7168 / 128)
+            mtp_depth=0,
+        ),
+        data=replace(
+            tiny.data,
+            heldout_fraction=0.1,
+            sources=(
+                SourceConfig(name="stdlib", weight=0.4, max_mb=4.0),
+                SourceConfig(name="pydoc_topics", weight=0.2, max_mb=2.0),
+                SourceConfig(name="arithmetic", weight=0.2, max_mb=2.0),
+                SourceConfig(name="package:jax", weight=0.2, max_mb=2.0),
+            ),
+        ),
+        # Constant batches: the same number of tokens behind every bias update.
+        batch=BatchConfig(micro_batch=8, start=8, end=8, ramp_tokens=0.0),
+        optim=replace(tiny.optim, warmup_steps=30, ema_decay=None),
+        balance=replace(tiny.balance, bias_speed=((3.2e5 * 14.3 / 14.8, 0.005), (3.2e5, 0.0))),
+        run=replace(tiny.run, eval_every=200, eval_sequences=256, checkpoint_every=0),
+    )
+    return scaled_to(cfg, 1e6)
 
 
 @register

@@ -13,7 +13,7 @@ import jax
 
 from experiments.tiny import v3_tiny
 from v3jax.config import BatchConfig, ExperimentConfig, LrPhase
-from v3jax.data.dataset import cache_folder
+from v3jax.host import cache_folder
 
 REPO = Path(__file__).parents[1]
 N_STEPS = 30

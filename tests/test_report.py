@@ -71,13 +71,13 @@ def test_every_curve_is_drawn_and_named() -> None:
         "learning rate",
         "batch, sequences",
     ):
-        assert f">{name}</text>" in text
+        assert f"</i>{name}</span>" in text
     loss = svgs(text)[0]
     assert [len(p.get("points", "").split()) for p in loss.iter("polyline")] == [20, 20, 2, 2]
 
 
 def test_points_lie_where_their_values_say() -> None:
-    svg = ET.fromstring(report.chart([report.Line("a", [0, 5, 10], [1.0, 3.0, 2.0])], "a"))
+    svg = svgs(report.chart([report.Line("a", [0, 5, 10], [1.0, 3.0, 2.0])], "a"))[0]
     points = next(svg.iter("polyline")).get("points", "").split()
     x, y = zip(*([float(v) for v in p.split(",")] for p in points), strict=True)
     assert x[1] - x[0] == pytest.approx(x[2] - x[1])

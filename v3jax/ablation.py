@@ -8,8 +8,12 @@ what was interrupted and reads what is there. Variants of one seed see the same 
 order and start from the same weights, so differences are taken seed by seed.
 """
 
+import json
+import math
+import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +23,11 @@ from typing import Any, TextIO
 import numpy as np
 from scipy import stats
 
-from v3jax import config, registry, train
+from v3jax import config, host, registry, train
 from v3jax.config import ExperimentConfig
+from v3jax.evals import acceptance, by_source
+from v3jax.evals.acceptance import Acceptance
+from v3jax.evals.by_source import SourceFigures, max_violation_global
 from v3jax.metrics import read_rows
 
 
@@ -43,6 +50,26 @@ class Run:
         """`loads.jsonl`: tokens sent to each expert of each layer at some steps."""
         return read_rows(self.folder / "loads.jsonl")
 
+    @cached_property
+    def sources(self) -> list[SourceFigures]:
+        """Held-out loss and expert loads of each source, kept in `by_source.json`."""
+        kept = self.folder / "by_source.json"
+        if kept.exists():
+            return [SourceFigures.from_json(entry) for entry in json.loads(kept.read_text())]
+        found = by_source.by_source(self.folder)
+        kept.write_text(json.dumps([figures.to_json() for figures in found]))
+        return found
+
+    @cached_property
+    def acceptance(self) -> list[Acceptance]:
+        """Drafted tokens that were taken, by source, kept in `acceptance.json`."""
+        kept = self.folder / "acceptance.json"
+        if kept.exists():
+            return [Acceptance(**entry) for entry in json.loads(kept.read_text())]
+        found = acceptance.acceptance(self.folder)
+        kept.write_text(json.dumps([vars(one) for one in found]))
+        return found
+
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps at which a metric was recorded, and its values."""
         found = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
@@ -56,6 +83,21 @@ Figure = Callable[[Run], float]
 def closing(name: str, last: int = 20) -> Figure:
     """The mean of a metric's last recorded values."""
     return lambda run: float(run.curve(name)[1][-last:].mean())
+
+
+def global_violation(run: Run) -> float:
+    """MaxViolation of all held-out text together."""
+    return max_violation_global(run.sources)
+
+
+def specialisation(run: Run) -> float:
+    """How differently sources of held-out text use the experts, within 0..1."""
+    return by_source.specialisation(run.sources)
+
+
+def accepted(run: Run) -> float:
+    """Share of the MTP modules' drafts that were taken."""
+    return acceptance.overall(run.acceptance)
 
 
 @dataclass(frozen=True)
@@ -97,14 +139,19 @@ def ablate(
     seeds: Sequence[int] = (0, 1, 2),
     settings: Sequence[str] = (),
     log: TextIO | None = None,
+    workers: int = 1,
+    held_out: bool = False,
 ) -> dict[str, list[Run]]:
-    """Trains every variant on every seed, one seed after the other.
+    """Trains every variant on every seed, seed by seed.
 
     Args:
-      exp: a registered name or an experiment.
+      exp: a registered name, a file of one's own as of `--exp`, or an experiment.
       variants: assignments as of `--set` by a name that can be a folder's.
       settings: assignments of all variants.
       log: where the runs print, by default nowhere.
+      workers: so many runs at once, each in a process with its share of the CPU's cores; small
+        models do not fill several. Rules of one's own must stand in the file that `exp` names.
+      held_out: also takes each run's `sources` and, with MTP modules, its `acceptance`.
 
     Raises:
       ValueError: a name or setting that cannot be used, or a folder of another experiment.
@@ -120,18 +167,54 @@ def ablate(
         for name, changes in variants.items()
         for own in [[f"run.seed={seed}"]]
     ]
-    found: dict[str, list[Run]] = {name: [] for name in variants}
-    for run in planned:
-        _train(run, log)
-        found[run.variant].append(run)
-    return found
+    if workers == 1:
+        for run in planned:
+            _train(run, log, held_out)
+    else:
+        _train_beside(planned, workers, exp if isinstance(exp, str) else None, held_out)
+    return {name: [run for run in planned if run.variant == name] for name in variants}
 
 
-def _train(run: Run, log: TextIO | None) -> None:
+def _train(run: Run, log: TextIO | None, held_out: bool) -> None:
     with open(os.devnull, "w") as nowhere, redirect_stdout(log or nowhere):
         result = train.run(run.cfg, run.folder)
     if not result.finished:
         raise KeyboardInterrupt(f"{run.folder}: stopped at step {result.step}")
+    if held_out:
+        assert run.sources
+        assert not run.cfg.model.mtp_depth or run.acceptance
+
+
+def _train_beside(planned: Sequence[Run], workers: int, exp: str | None, held_out: bool) -> None:
+    """Runs in `workers` processes; the first one that fails ends all that have not begun."""
+    spawn = multiprocessing.get_context("spawn")  # a process with jax in it must not fork
+    places = spawn.SimpleQueue()
+    for cores in _shares(workers):
+        places.put(cores)
+    with ProcessPoolExecutor(workers, spawn, _start_worker, (places, exp)) as pool:
+        done = [pool.submit(_train, run, None, held_out) for run in planned]
+        try:
+            for one in done:
+                one.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _shares(workers: int) -> list[list[int]]:
+    """The cores this process may use, dealt out; all of them to each if there are too few."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [cores[i::workers] or cores for i in range(workers)]
+
+
+def _start_worker(places: Any, exp: str | None) -> None:
+    """Before jax looks for cores: its thread pools are as large as what it finds."""
+    cores = places.get()
+    if cores:
+        os.sched_setaffinity(0, cores)
+    host.prepare()
+    if exp is not None:
+        registry.get(exp)  # registers what the file brings
 
 
 def by_variant(runs: Mapping[str, Sequence[Run]], figure: Figure) -> dict[str, Estimate]:
@@ -143,6 +226,19 @@ def difference(runs: Mapping[str, Sequence[Run]], figure: Figure, a: str, b: str
     """`a` minus `b`, seed by seed: what both owe to a seed drops out."""
     pairs = zip(runs[a], runs[b], strict=True)
     return estimate([figure(one) - figure(other) for one, other in pairs])
+
+
+def verdict(found: Estimate, what: str) -> str:
+    """What an interval of a difference says, in words: `a - b: -0.02 ± 0.01: lower`."""
+    if found.n < 2 or math.isnan(found.half):
+        said = "one seed says nothing of chance"
+    elif found.high < 0:
+        said = "lower"
+    elif found.low > 0:
+        said = "higher"
+    else:
+        said = "no difference beyond chance"
+    return f"{what}: {found.mean:+.4f} ± {found.half:.2g} ({found.n} seeds): {said}"
 
 
 def table(runs: Mapping[str, Sequence[Run]], figures: Mapping[str, Figure]) -> str:

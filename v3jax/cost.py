@@ -1,24 +1,29 @@
-"""What an experiment costs, derived from its config alone.
+"""What an experiment costs: from its config and the report's speed, or its compiled step's.
 
     python -m v3jax.cost --exp=v3_full [--price=2] [--gpu_hours_per_trillion=180000] [--json]
+    python -m v3jax.cost --exp=v3_full_v5p --price=4.2 --aot=benchmarks/results/v3_full_v5p.json
+    python -m v3jax.cost --exp=v3_full_v5p --price=4.2 --target=tpu:v5p:8x8x8   # compiles first
 
 Counts follow the shapes, not a model in memory. FLOPs a token are 6 for every weight of a matrix
 the token meets (2 forward, 4 backward; the head counts, the embedding is a look-up) plus causal
 attention, without recomputation: the convention behind the 250 GFLOP and the 39% MFU published
 for DeepSeek-V3. GPU hours start from the 180K H800 hours per trillion tokens the DeepSeek-V3
 technical report measured (section 1); for other shapes they scale with FLOPs a token, a rough
-guide which says nothing of small models that cannot fill a GPU.
+guide which says nothing of small models that cannot fill a GPU. `--aot` and `--target` take the
+speed from the compiled step, which is never slower than the real one.
 """
 
 import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from absl import flags
 
-from v3jax import cli, config, registry
+from v3jax import cli, config, planning, registry
 from v3jax.config import ExperimentConfig, ModelConfig
+from v3jax.planning import REPORT_HOURS, Plan
 
 REPORT_GPU_HOURS_PER_TRILLION = 180_000.0  # report section 1, H800, v3_full at 4K
 H800_PEAK_FLOPS = 989e12  # BF16 without sparsity
@@ -236,6 +241,40 @@ def table(c: Cost) -> str:
     )
 
 
+def report_total(price: float) -> str:
+    """The report's own bill: all phases in H800 hours, and money."""
+    phases = " + ".join(f"{hours:,.0f} {name}" for name, hours in REPORT_HOURS.items())
+    total = sum(REPORT_HOURS.values())
+    return f"the report's run: {phases} = {total:,.0f} H800 hours, {total * price:,.0f} dollars"
+
+
+def report_plan(cfg: ExperimentConfig, c: Cost) -> Plan:
+    """The cost as a plan: at the report's speed, or at the one that was given."""
+    return planning.plan(
+        cfg,
+        source="the report's speed" if cfg.name == "v3_full" else "speed as given or scaled",
+        n_devices=c.n_devices,
+        device_seconds_per_token=c.gpu_hours_per_trillion * 3600 / 1e12,
+        mfu=c.mfu,
+        bubble=planning.REPORT_BUBBLE if cfg.mesh.pipe > 1 else 0.0,
+        price=c.price_per_gpu_hour,
+    )
+
+
+def plan_table(cfg: ExperimentConfig, base: Plan, flops: float) -> str:
+    """A plan and what moves it, as lines of text."""
+    lines = [
+        f"plan: {base.source}",
+        f"  {base.days:,.3g} days on {base.n_devices:,} devices, {base.device_hours:,.0f} device "
+        f"hours, {base.dollars:,.0f} dollars; MFU {base.mfu:.1%}, "
+        f"{base.tokens_per_second:,.0f} tokens/s a device",
+        "days if one thing were otherwise:",
+    ]
+    changed = planning.sensitivity(cfg, base, flops)
+    width = max(len(label) for label, _ in changed)
+    return "\n".join([*lines, *(f"  {label:<{width}}  {days:,.3g}" for label, days in changed)])
+
+
 def _giga(flops: float) -> str:
     return f"{flops / 1e9:,.1f} GFLOP" if flops >= 1e9 else f"{flops / 1e9:.4g} GFLOP"
 
@@ -250,10 +289,35 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"--exp: name one of {', '.join(registry.names())}")
         cfg = config.override(registry.get(values.exp), values.set)
         result = cost(cfg, values.price, values.gpu_hours_per_trillion)
+        base = _plan(cfg, result)
     except ValueError as error:
         return cli.fail("cost", error, cli.USAGE)
-    print(json.dumps(dataclasses.asdict(result)) if values.json else table(result))
+    flops = result.flops_per_token
+    if values.json:
+        changed = dict(planning.sensitivity(cfg, base, flops))
+        whole = dataclasses.asdict(result) | {
+            "plan": dataclasses.asdict(base),
+            "days_if": changed,
+            "report_gpu_hours": REPORT_HOURS,
+        }
+        print(json.dumps(whole))
+    else:
+        print(table(result))
+        print(plan_table(cfg, base, flops))
+        print(report_total(values.price))
     return 0
+
+
+def _plan(cfg: ExperimentConfig, result: Cost) -> Plan:
+    values = flags.FLAGS
+    if values.aot is not None and values.target is not None:
+        raise ValueError("--aot and --target exclude each other")
+    if values.aot is not None:
+        return planning.from_program(cfg, planning.read_program(Path(values.aot)), values.price)
+    if values.target is not None:
+        program = planning.compile_program(values.exp, values.target, values.set)
+        return planning.from_program(cfg, program, values.price)
+    return report_plan(cfg, result)
 
 
 if __name__ == "__main__":
@@ -261,5 +325,7 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("set", [], "path.to.field=value; may be repeated.")
     flags.DEFINE_float("price", 2.0, "Dollars a GPU hour.")
     flags.DEFINE_float("gpu_hours_per_trillion", None, "Measured GPU hours per 1e12 tokens.")
+    flags.DEFINE_string("aot", None, "Report of v3jax.aot --json to take the speed from.")
+    flags.DEFINE_string("target", None, "Target of v3jax.aot to compile for, minutes.")
     flags.DEFINE_boolean("json", False, "Print one JSON object.")
     cli.run("cost", main)

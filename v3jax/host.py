@@ -1,7 +1,9 @@
-"""The host process: memory settings that make CPU steps faster."""
+"""The host process: memory settings that make CPU steps faster, and where things are cached."""
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 
 # <malloc.h> of glibc
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -21,3 +23,17 @@ def reuse_freed_memory() -> bool:
         return False
     settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
     return all(mallopt(option, value) == 1 for option, value in settings)
+
+
+def cache_folder() -> Path:
+    """Where tokenizers, rows and compiled programs are kept: `V3JAX_CACHE` or `~/.cache/v3jax`."""
+    return Path(os.environ.get("V3JAX_CACHE") or Path.home() / ".cache" / "v3jax")
+
+
+def prepare() -> None:
+    """What a program that computes does first: memory, and compiled programs that are kept."""
+    reuse_freed_memory()
+    import jax  # starts no threads yet
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -4,6 +4,8 @@
 new run starts from (`init_from`).
 """
 
+import hashlib
+import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ class Loaded:
     router_state: Any
     tokenizer: Tokenizer
     chat_template: str
+    context: int
+    """Tokens of the longest sequence it was made for."""
 
 
 def open_reader(directory: str | Path) -> Reader | None:
@@ -88,12 +92,32 @@ def open_model(path: epath.PathLike, *, ema: bool = False) -> Loaded:
         variables["router_state"],
         tokenizer,
         template,
+        reader.config.max_positions,
     )
 
 
 def _open_run(root: epath.Path, *, ema: bool) -> Loaded:
     cfg, params, router_state, tokenizer = load_run(root, ema=ema)
-    return Loaded(cfg.model, cfg.numerics, params, router_state, tokenizer, DEFAULT_TEMPLATE)
+    parts = (cfg.model, cfg.numerics, params, router_state)
+    return Loaded(*parts, tokenizer, DEFAULT_TEMPLATE, cfg.data.seq_len)
+
+
+def identity(path: epath.PathLike, *, ema: bool = False) -> str:
+    """A digest that changes with the weights in a run directory, Hugging Face directory or
+    conversion: of a run's newest manifest, or of the files' names, sizes and times.
+
+    Raises:
+      ValueError: a run's manifest is damaged.
+    """
+    local = checkpoint.local_path(path)
+    reader = None if local is None else open_reader(local)
+    if reader is None:
+        found = checkpoint.latest(epath.Path(path))
+        what: Any = [None if found is None else found.manifest, ema]
+    else:
+        files = sorted(p for p in Path(path).expanduser().rglob("*") if p.is_file())
+        what = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def load_run(

@@ -6,13 +6,13 @@ the same held-out text, and samples. Dims: S recorded steps, L MoE layers (MTP l
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 264, 56, 32
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 264, 76, 32
 _FEW_POINTS = 25
 _COLOURS = ("#2563a8", "#c2410c", "#15803d", "#7c3aed")
 
@@ -24,7 +24,11 @@ p.sub { color: #5b6675; margin-top: .2rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .9rem .25rem 0; text-align: left;
   border-bottom: 1px solid #e3e7ed; }
   td.n { text-align: right; font-variant-numeric: tabular-nums; }
-svg { max-width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: #5b6675; }
+svg { max-width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: #5b6675; }
+.key { color: #5b6675; font-size: .85rem; } .key span { margin-right: 1.2em; white-space: nowrap; }
+.key i { display: inline-block; width: .9em; height: .9em; margin-right: .4em; border: 1px solid
+  #e3e7ed; vertical-align: -.1em; }
+@media (max-width: 600px) { body { margin: 1rem auto; } svg text { font-size: 20px; } }
 pre { background: #f5f7fa; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 figure { margin: .6rem 0; } figcaption { color: #5b6675; font-size: .9rem; }
 """
@@ -69,7 +73,7 @@ def chart(lines: Sequence[Line], label: str) -> str:
         parts.append(f'<path d="M{_LEFT} {y:.1f}H{_WIDTH - 10}" stroke="#e3e7ed"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
     for tick in _ticks(min(xs), max(xs)):
-        x, y = x_at(tick), _HEIGHT - _BOTTOM + 16
+        x, y = x_at(tick), _HEIGHT - _BOTTOM + 18
         parts.append(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{tick:.4g}</text>')
     for i, item in enumerate(lines):
         colour = _COLOURS[i % len(_COLOURS)]
@@ -82,11 +86,18 @@ def chart(lines: Sequence[Line], label: str) -> str:
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
         )
-        x = _LEFT + 12 + i * 160
-        parts.append(f'<rect x="{x}" y="2" width="14" height="4" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 20}" y="9">{html.escape(item.name)}</text>')
     parts.append(f'<text x="{_WIDTH - 10}" y="{_HEIGHT - 4}" text-anchor="end">step</text></svg>')
-    return "".join(parts)
+    colours = {item.name: _COLOURS[i % len(_COLOURS)] for i, item in enumerate(lines)}
+    return _key(colours) + "".join(parts)
+
+
+def _key(colours: Mapping[str, str]) -> str:
+    """What colours stand for, in a line that breaks where the page is narrow."""
+    spans = (
+        f'<span><i style="background:{colour}"></i>{html.escape(name)}</span>'
+        for name, colour in colours.items()
+    )
+    return f'<p class="key">{"".join(spans)}</p>'
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
@@ -114,22 +125,21 @@ def heat_map(steps_S: Sequence[int], load_SE: np.ndarray, title: str) -> str:
     n_steps, n_experts = relative_SE.shape
     cell_w = (_WIDTH - _LEFT - 10) / n_steps
     cell_h = max(2.0, min(9.0, 240 / n_experts))
-    height = cell_h * n_experts + 34
+    bottom = 8 + cell_h * n_experts
     parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{html.escape(title)}">'
-        f'<text x="{_LEFT}" y="10">{html.escape(title)}</text>'
-        f'<text x="{_LEFT - 6}" y="24" text-anchor="end">expert 0</text>'
-        f'<text x="{_LEFT - 6}" y="{14 + cell_h * n_experts:.0f}" text-anchor="end">'
-        f"{n_experts - 1}</text>"
+        f'<svg viewBox="0 0 {_WIDTH} {bottom + 26:.0f}" role="img" '
+        f'aria-label="{html.escape(title)}">'
+        f'<text x="{_LEFT - 6}" y="16" text-anchor="end">0</text>'
+        f'<text x="{_LEFT - 6}" y="{bottom:.0f}" text-anchor="end">{n_experts - 1}</text>'
     ]
     for s in range(n_steps):
         for e in range(n_experts):
-            x, y = _LEFT + s * cell_w, 16 + e * cell_h
+            x, y = _LEFT + s * cell_w, 8 + e * cell_h
             parts.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell_w + 0.3:.1f}" height="{cell_h:.1f}" '
                 f'fill="{_heat(float(relative_SE[s, e]))}"/>'
             )
-    y = height - 6
+    y = bottom + 20
     parts.append(f'<text x="{_LEFT}" y="{y:.0f}">step {steps_S[0]}</text>')
     parts.append(
         f'<text x="{_WIDTH - 10}" y="{y:.0f}" text-anchor="end">{steps_S[-1]}</text></svg>'
@@ -148,15 +158,12 @@ def _heat(relative: float) -> str:
 
 def colour_key() -> str:
     """The heat maps' colours beside the loads they stand for."""
-    parts = [f'<svg viewBox="0 0 {_WIDTH} 22" role="img" aria-label="colours of the heat maps">']
-    for i, relative in enumerate((0.0, 0.5, 1.0, 1.5, 2.0, 3.0)):
-        x = _LEFT + 90 * i
-        text = f"{relative:g} x mean" + (" or more" if relative == 3 else "")
-        parts.append(
-            f'<rect x="{x}" y="4" width="14" height="14" stroke="#e3e7ed" '
-            f'fill="{_heat(relative)}"/><text x="{x + 20}" y="15">{text}</text>'
-        )
-    return "".join(parts) + "</svg>"
+    return _key(
+        {
+            f"{relative:g} x mean" + (" or more" if relative == 3 else ""): _heat(relative)
+            for relative in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+        }
+    )
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
@@ -190,7 +197,7 @@ def render(
     """
     losses = [
         line(rows, "loss", "training loss"),
-        line(rows, "mtp_loss", "MTP loss"),
+        *([line(rows, "mtp_loss", "MTP loss")] if mtp_depth else []),
         line(rows, "eval_loss", "held-out loss"),
         line(rows, "eval_loss_ema", "held-out, averaged weights"),
     ]
@@ -219,8 +226,9 @@ def render(
             f"<pre><b>{html.escape(s.prompt)}</b>{html.escape(s.text)}</pre>" for s in samples
         ]
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}'
-        f"</title><style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(name)}</title><style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
     )
 
 
@@ -236,7 +244,8 @@ def _heat_maps(loads: Sequence[dict[str, Any]], mtp_depth: int) -> list[str]:
         f"MTP module {k}" for k in range(mtp_depth)
     ]
     maps = [
-        f"<figure>{heat_map(steps_S, load_SLE[:, i], title)}</figure>"
+        f"<figure><figcaption>{title}</figcaption>{heat_map(steps_S, load_SLE[:, i], title)}"
+        "</figure>"
         for i, title in enumerate(titles)
     ]
-    return ["<p>Load of each expert over the steps:</p>", colour_key(), *maps]
+    return ["<p>Load of each expert (from top to bottom) over the steps:</p>", colour_key(), *maps]

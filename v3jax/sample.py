@@ -14,12 +14,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 from absl import flags, logging
 
 from v3jax import cli, host
 from v3jax.data.chat import ChatTemplate
-from v3jax.data.dataset import cache_folder
 from v3jax.data.tokenizer import StreamDecoder
 from v3jax.decode import Engine, Stats
 from v3jax.decode.engine import OnTokens
@@ -123,9 +121,7 @@ def main(argv: Sequence[str]) -> int:
     if not 0 < _TOP_P.value <= 1:
         return _fail(f"--top-p={_TOP_P.value}: must be within 0..1, 0 left out", cli.USAGE)
     logging.set_verbosity(logging.WARNING)
-    host.reuse_freed_memory()
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    host.prepare()
     try:
         prompts = None if _PROMPTS.value is None else read_prompts(Path(_PROMPTS.value))
         placement = None if _REDUNDANT.value is None else read_placement(_REDUNDANT.value)

@@ -119,6 +119,7 @@ def absorbed(state: TrainState, decay: float) -> Any:
     return ema.absorb(state.ema, state.params, state.averaged < state.step, decay)
 
 
+@functools.lru_cache(maxsize=16)
 def param_specs(
     cfg: ExperimentConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules
 ) -> tuple[Any, Any]:
@@ -127,6 +128,7 @@ def param_specs(
     return sharding.specs(boxed), sharding.storage_specs(boxed, mesh, rules)
 
 
+@functools.lru_cache(maxsize=16)
 def state_specs(
     cfg: ExperimentConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules
 ) -> TrainState:

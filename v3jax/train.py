@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from v3jax import checkpoint, cli, config, cost, host, processes, registry
 from v3jax.config import ExperimentConfig
 from v3jax.data import baselines
-from v3jax.data.dataset import Dataset, cache_folder, open_dataset
+from v3jax.data.dataset import Dataset, open_dataset
 from v3jax.data.loader import HostBatch, make_loader
 from v3jax.metrics import Recorder, mfu
 from v3jax.models import initial_weights
@@ -471,9 +471,7 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         return _fail(error, cli.USAGE)
     logging.set_verbosity(logging.WARNING)
-    host.reuse_freed_memory()
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    host.prepare()
     workdir = _WORKDIR.value or f"runs/{cfg.name}"
     try:
         processes.start("train", detect=_DISTRIBUTED.value)

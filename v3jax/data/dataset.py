@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,15 +24,11 @@ from v3jax.data.fim import encode_documents
 from v3jax.data.packing import Rows, pack, read_rows, write_rows
 from v3jax.data.sources import Document
 from v3jax.data.tokenizer import SPLITS, Tokenizer, load_tokenizer, train_tokenizer
+from v3jax.host import cache_folder
 
 _CACHE_VERSION = 3  # of what is cached and how it is made; raised when either changes
 _ABOUT, _TOKENIZER = "dataset.json", "tokenizer.json"
 _SHAPING = ("seq_len", "fim_rate", "newline_split_rate")  # fields that rows cannot change any more
-
-
-def cache_folder() -> Path:
-    """Where tokenizers, rows and compiled programs are kept: `V3JAX_CACHE` or `~/.cache/v3jax`."""
-    return Path(os.environ.get("V3JAX_CACHE") or Path.home() / ".cache" / "v3jax")
 
 
 @dataclass(frozen=True)

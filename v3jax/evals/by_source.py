@@ -8,7 +8,7 @@ Dims: L MoE layers without MTP's, E experts, N rows, S tokens of a row.
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from v3jax import objective
-from v3jax.config import ExperimentConfig
+from v3jax.config import DataConfig, ExperimentConfig
 from v3jax.data.baselines import bits_per_byte
 from v3jax.data.corpus import load_corpus
 from v3jax.data.fim import encode_documents
@@ -51,6 +51,16 @@ class SourceFigures:
         """Load over that of perfect balance."""
         return self.load_LE / np.maximum(self.load_LE.mean(axis=1, keepdims=True), 1)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a file."""
+        return vars(self) | {"load_LE": self.load_LE.tolist()}
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> "SourceFigures":
+        """What `to_json` gave."""
+        load_LE = np.array(entry["load_LE"], np.int64)
+        return replace(cls(**entry), load_LE=load_LE)
+
 
 def by_source(
     ckpt: epath.PathLike, *, ema: bool = False, max_rows: int = 256
@@ -67,32 +77,46 @@ def by_source(
     cfg, params, router_state, tokenizer = load_run(ckpt, ema=ema)
     if cfg.data.synthetic:
         raise ValueError(f"{ckpt}: trained on synthetic data, which has no sources")
-    corpus = load_corpus(cfg.data)
     found = []
-    for source, documents in zip(corpus.sources, corpus.heldout, strict=True):
-        if not documents:
-            continue
-        ids = encode_documents(
-            tokenizer,
-            [d.text for d in documents],
-            seed=cfg.run.seed,
-            fim_rate=0.0,
-            newline_split_rate=0.0,
-        )
-        rows = pack(list(ids), cfg.data.seq_len + 1, tokenizer.pad)
-        rows = Rows(rows.tokens_NS[:max_rows], rows.segments_NS[:max_rows])
+    for name, documents, rows in _held_out_rows(cfg.data, tokenizer, max_rows):
         nats, tokens, load_LE = _run(cfg, params, router_state, rows)
         n_bytes = _target_bytes(cfg, tokenizer, rows)
         found.append(
             SourceFigures(
-                source.name,
-                len(documents),
+                name,
+                documents,
                 tokens,
                 nats / tokens,
                 bits_per_byte(nats, n_bytes),
                 load_LE,
             )
         )
+    return found
+
+
+_kept: dict[tuple[Any, ...], list[tuple[str, int, Rows]]] = {}
+"""The last rows made, so that runs on the same text share them."""
+
+
+def _held_out_rows(
+    data: DataConfig, tokenizer: Tokenizer, max_rows: int
+) -> list[tuple[str, int, Rows]]:
+    """Each source's name, number of held-out documents and first rows of them."""
+    key = (data, tokenizer.digest, max_rows)
+    own_files = data.path is not None or any(s.path is not None for s in data.sources)
+    if key in _kept and not own_files:  # a user's files may have changed
+        return _kept[key]
+    corpus = load_corpus(data)
+    found = []
+    for source, documents in zip(corpus.sources, corpus.heldout, strict=True):
+        if documents:
+            texts = [d.text for d in documents]
+            ids = encode_documents(tokenizer, texts, seed=0, fim_rate=0.0, newline_split_rate=0.0)
+            rows = pack(list(ids), data.seq_len + 1, tokenizer.pad)
+            rows = Rows(rows.tokens_NS[:max_rows], rows.segments_NS[:max_rows])
+            found.append((source.name, len(documents), rows))
+    _kept.clear()
+    _kept[key] = found
     return found
 
 

@@ -1,20 +1,24 @@
 """The language-model-evaluation-harness's view of a model (extra `eval`).
 
 Texts are encoded as the harness's own `hf` class does with this tokenizer: no special tokens, and
-the beginning-of-text token in place of an empty context. Likelihoods come from `scoring`, texts
-from `decode.Engine`; finished requests may be kept in a file, which a repeated call reads.
+the beginning-of-text token in place of an empty context. A chat's text is the template's, whose
+control tokens count. Likelihoods come from `scoring`, texts from `decode.Engine`; finished requests
+may be kept in a file, which a repeated call reads.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval import utils
+from lm_eval import evaluator, utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
 
+from v3jax.data.chat import ChatTemplate
 from v3jax.decode import Engine
 from v3jax.evals.scoring import Score, Scorer
 from v3jax.models import Loaded
@@ -56,16 +60,29 @@ class Model(TemplateLM):
 
     Args:
       max_length: tokens of context and continuation together, without the last.
+      truncate: takes the end of a text that is longer, as the harness's own classes do; False
+        refuses it.
+      chat: puts prompts in the model's chat template.
       max_gen_tokens: the most tokens of a text where a task names no number.
     """
 
     def __init__(
-        self, loaded: Loaded, answers: Answers, *, max_length: int, max_gen_tokens: int = 256
+        self,
+        loaded: Loaded,
+        answers: Answers,
+        *,
+        max_length: int,
+        truncate: bool = False,
+        chat: bool = False,
+        max_gen_tokens: int = 256,
     ) -> None:
         super().__init__()
         self._tokenizer = loaded.tokenizer
+        self._chat = ChatTemplate(loaded.chat_template, loaded.tokenizer) if chat else None
+        self._template = loaded.chat_template
         self._answers = answers
         self._max_length, self._max_gen_tokens = max_length, max_gen_tokens
+        self._truncate = truncate
         parts = (loaded.params, loaded.router_state)
         self._scorer = Scorer(loaded.model, loaded.numerics, *parts)
         self._engine = Engine(loaded.model, *parts, loaded.tokenizer, numerics=loaded.numerics)
@@ -82,7 +99,23 @@ class Model(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         del add_special_tokens, kwargs
+        if self._chat is not None:
+            return self._tokenizer.encode_with_controls(string)
         return self._tokenizer.encode(string)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        assert self._chat is not None, "asked for a chat without chat=True"
+        return self._chat.render(chat_history, add_generation_prompt=add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        del chat_template
+        return self._template
+
+    @property
+    def tokenizer_name(self) -> str:
+        return "v3jax"
 
     def _loglikelihood_tokens(
         self,
@@ -90,6 +123,8 @@ class Model(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         del kwargs
+        for _, context, continuation in requests:
+            self._check(len(context) + len(continuation) - 1)
         keys = [self._answers.key("score", c, t, self._max_length) for _, c, t in requests]
         open_ones = [i for i, key in enumerate(keys) if self._answers.get(key) is None]
         asked = [(requests[i][1], requests[i][2]) for i in open_ones]
@@ -117,26 +152,34 @@ class Model(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         del disable_tqdm
-        keys = [self._answers.key("text", *r.args, self._max_length) for r in requests]
-        by_options: dict[str, list[int]] = {}
-        for i, (request, key) in enumerate(zip(requests, keys, strict=True)):
-            if self._answers.get(key) is None:
-                by_options.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
-        for options, numbers in by_options.items():
-            prompts = {i: self.tok_encode(requests[i].args[0]) for i in numbers}
+        keys = []
+        asked: Counter[str] = Counter()  # a request that is repeated asks for another sample
+        groups: dict[tuple[str, int], list[int]] = {}
+        for i, request in enumerate(requests):
+            prompt, own = _text_and_options(request)
+            options = json.dumps(own, sort_keys=True)
+            repeat = asked[prompt + options]
+            asked[prompt + options] += 1
+            keys.append(self._answers.key("text", prompt, options, repeat, self._max_length))
+            if self._answers.get(keys[-1]) is None:
+                groups.setdefault((options, repeat), []).append(i)
+        for (options, repeat), numbers in groups.items():
+            prompts = {i: self.tok_encode(_text_and_options(requests[i])[0]) for i in numbers}
             numbers.sort(key=lambda i: -len(prompts[i]))
             for start in range(0, len(numbers), _ROWS):
                 batch = numbers[start : start + _ROWS]
-                texts = self._texts([prompts[i] for i in batch], json.loads(options))
+                texts = self._texts([prompts[i] for i in batch], json.loads(options), repeat)
                 for i, text in zip(batch, texts, strict=True):
                     self._answers.put(keys[i], text)
         return [self._answers.get(key) for key in keys]
 
-    def _texts(self, prompts: Sequence[list[int]], options: dict[str, Any]) -> list[str]:
+    def _texts(self, prompts: Sequence[list[int]], options: dict[str, Any], seed: int) -> list[str]:
         """Continuations up to the first text of `until`; a sampled one depends on its place."""
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else [text for text in until if text]
         length = int(options.get("max_gen_toks", self._max_gen_tokens))
+        longest = max(len(prompt) for prompt in prompts)
+        self._check(longest + length)
         room = self._max_length - length
         if room < 1:
             raise ValueError(
@@ -149,9 +192,22 @@ class Model(TemplateLM):
             temperature=float(options.get("temperature", 0.0)) if sampled else 0.0,
             top_p=float(options.get("top_p", 1.0)),
             top_k=int(options.get("top_k", 0)),
+            seed=seed,
             stop=until,
         )
         return [_before(self._tokenizer.decode(row.ids), until) for row in rows]
+
+    def _check(self, length: int) -> None:
+        if length > self._max_length and not self._truncate:
+            raise ValueError(
+                f"a request of {length} tokens exceeds the model's context of {self._max_length}; "
+                "--truncate keeps the end of what is too long"
+            )
+
+
+def _text_and_options(request: Instance) -> tuple[str, dict[str, Any]]:
+    args: Any = request.args
+    return args[0], args[1]
 
 
 def _before(text: str, stops: Sequence[str]) -> str:
@@ -159,3 +215,23 @@ def _before(text: str, stops: Sequence[str]) -> str:
     for stop in stops:
         text = text.split(stop)[0]
     return text
+
+
+def run(
+    model: Model, tasks: Mapping[str, Any], *, limit: int | None = None, chat: bool = False
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The harness's results on tasks, and each record with what the model answered."""
+    found: Any = evaluator.simple_evaluate(
+        model=model,
+        tasks=list(tasks.values()),
+        limit=limit,
+        apply_chat_template=chat,
+        bootstrap_iters=1000,
+        task_manager=TaskManager(include_defaults=False),
+    )
+    samples = found.pop("samples", {})
+    kept = ("results", "n-samples", "configs", "versions", "higher_is_better")
+    return (
+        {key: found[key] for key in kept if key in found},
+        [{"task": name} | sample for name, some in samples.items() for sample in some],
+    )

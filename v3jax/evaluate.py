@@ -1,0 +1,148 @@
+"""Evaluates a model as the report does, and sets its figures beside the report's.
+
+    python -m v3jax.evaluate --ckpt=runs/v3_tiny --tasks=held_out,acceptance
+    python -m v3jax.evaluate --ckpt=DeepSeek-V3/ --tasks=mmlu,gsm8k --data=eval_data/ [--limit=100]
+    python -m v3jax.evaluate --list
+
+`held_out` (loss, bits a byte and expert load by source) and `acceptance` (of MTP drafts by source)
+need nothing but the run. All other tasks belong to the language model evaluation harness (extra
+`eval`): one file for each row of the report's tables 3 and 6 in `evals/tasks`, `harness:NAME` for
+one of its own, FILE.yaml for one of yours. They read JSON lines from `--data` and never download.
+
+Finished requests are kept beside the results: the same command goes on where it was interrupted.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+
+from v3jax import cli, host
+from v3jax.evals import catalogue
+
+_CKPT = flags.DEFINE_string("ckpt", None, "Run directory, Hugging Face directory or conversion.")
+_TASKS = flags.DEFINE_list("tasks", [], "Names of --list, harness:NAME or FILE.yaml.")
+_DATA = flags.DEFINE_string("data", "eval_data", "Folder of the tasks' JSON lines.")
+_OUT = flags.DEFINE_string("out", None, "Where results go; default evals/<checkpoint's name>.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Only the first records of each task.", lower_bound=1)
+_EMA = flags.DEFINE_bool("ema", False, "Use a run's averaged weights.")
+_CHAT = flags.DEFINE_bool("chat", False, "Put prompts in the chat template.")
+_TRUNCATE = flags.DEFINE_bool("truncate", False, "Keep the end of what exceeds the context.")
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max-length", None, "Tokens of the longest request; default the model's context.", lower_bound=2
+)
+_LIST = flags.DEFINE_bool("list", False, "List the tasks, their data and what cannot be run.")
+
+_BUILT_IN = {
+    "held_out": "loss, bits a byte and expert load on held-out documents by source",
+    "acceptance": "MTP drafts that the main model takes, by source",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses, evaluates; 2 for a mistake in the call, 1 for anything that cannot be used."""
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected arguments {' '.join(argv[1:])}; options start with --")
+        if _LIST.value:
+            print(listing(Path(_DATA.value)))
+            return 0
+        if _CKPT.value is None:
+            raise ValueError("--ckpt=DIRECTORY is missing")
+        if not _TASKS.value:
+            raise ValueError("--tasks=NAME,... is missing; --list shows the tasks")
+        tasks = [catalogue.resolve(name, _BUILT_IN) for name in _TASKS.value]
+    except ValueError as error:
+        return cli.fail("evaluate", error, cli.USAGE)
+    logging.set_verbosity(logging.WARNING)
+    host.prepare()
+    out = Path(_OUT.value or Path("evals", Path(_CKPT.value.rstrip("/")).name or "model"))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        results = evaluate(_CKPT.value, tasks, out)
+    except (ValueError, OSError) as error:
+        return cli.fail("evaluate", error, cli.UNUSABLE)
+    (out / "results.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
+    print(f"done: {out / 'results.json'}")
+    return 0
+
+
+def evaluate(ckpt: str, tasks: Sequence[str], out: Path) -> dict[str, Any]:
+    """Runs the tasks of this call and prints their tables; everything found, for `results.json`."""
+    asked = [task for task in tasks if task not in _BUILT_IN]
+    # Tasks and their data are looked at before weights are read.
+    harness_tasks = catalogue.load(asked, Path(_DATA.value)) if asked else {}
+    results: dict[str, Any] = {"ckpt": ckpt, "ema": _EMA.value, "limit": _LIMIT.value}
+    if "held_out" in tasks:
+        results["held_out"] = _held_out(ckpt)
+    if "acceptance" in tasks:
+        results["acceptance"] = _acceptance(ckpt)
+    if harness_tasks:
+        results |= _harness(ckpt, harness_tasks, out)
+    return results
+
+
+def _held_out(ckpt: str) -> list[dict[str, Any]]:
+    from v3jax.evals.by_source import by_source, max_violation_global, specialisation
+
+    found = by_source(ckpt, ema=_EMA.value)
+    print(f"{'source':20s} {'documents':>9s} {'tokens':>9s} {'nats/token':>10s} {'bits/byte':>9s}")
+    for one in found:
+        print(
+            f"{one.name:20s} {one.documents:9d} {one.tokens:9d} {one.loss:10.4f} "
+            f"{one.bits_per_byte:9.4f}"
+        )
+    if found[0].load_LE.size:
+        print(
+            f"MaxViolation over all sources {max_violation_global(found):.3f}; sources' expert "
+            f"loads differ by {specialisation(found):.3f} (0: alike, 1: no expert shared)"
+        )
+    return [one.to_json() for one in found]
+
+
+def _acceptance(ckpt: str) -> list[dict[str, Any]]:
+    from v3jax.evals.acceptance import acceptance, overall
+
+    found = acceptance(ckpt, ema=_EMA.value)
+    print(f"{'source':20s} {'drafted':>9s} {'accepted':>9s} {'tokens a main step':>19s}")
+    for one in found:
+        print(f"{one.name:20s} {one.drafted:9d} {one.rate:9.1%} {one.tokens_per_step:19.2f}")
+    print(f"{'all':20s} {sum(f.drafted for f in found):9d} {overall(found):9.1%}")
+    return [vars(one) for one in found]
+
+
+def _harness(ckpt: str, tasks: dict[str, Any], out: Path) -> dict[str, Any]:
+    from v3jax.evals.harness import Answers, Model, run
+    from v3jax.models import identity, open_model
+
+    loaded = open_model(ckpt, ema=_EMA.value)
+    length = _MAX_LENGTH.value or loaded.context
+    if length > loaded.context:
+        raise ValueError(
+            f"--max-length={length}: the model was made for {loaded.context} tokens; train it on "
+            "longer ones or lower it"
+        )
+    answers = Answers(out / "answers.jsonl", identity(ckpt, ema=_EMA.value))
+    model = Model(loaded, answers, max_length=length, truncate=_TRUNCATE.value, chat=_CHAT.value)
+    found, samples = run(model, tasks, limit=_LIMIT.value, chat=_CHAT.value)
+    with (out / "samples.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(sample, default=str) + "\n" for sample in samples)
+    print(catalogue.table(tasks, found))
+    return found
+
+
+def listing(folder: Path) -> str:
+    """All tasks, one a line, with whether their data is in `folder`."""
+    lines = [f"{name:22s} {text}" for name, text in _BUILT_IN.items()]
+    return "\n".join([*lines, *catalogue.listing(folder)])
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the harness' libraries read it
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
+    cli.run("evaluate", main)

@@ -1,0 +1,154 @@
+"""Pictures of ablations, with their uncertainty (extra `notebooks`).
+
+Every function takes runs as `ablation.ablate` returns them and gives a matplotlib figure. A line is
+the mean over seeds, the band around it the two-sided 95% interval of that mean by Student's t.
+Dims: S steps, E experts, D sources, N runs of a variant.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from v3jax.ablation import Figure, Run, by_variant, estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Picture
+
+Runs = Mapping[str, Sequence[Run]]
+
+
+def curves(
+    runs: Runs, metric: str, *, label: str, window: int = 20, log: bool = False
+) -> "Picture":
+    """A metric over the steps, one line a variant.
+
+    Args:
+      window: each point is the mean of so many recorded values, so that variants can be told apart.
+    """
+    picture, axes = _picture(8, 4)
+    for name, some in runs.items():
+        steps_S, values_NS = _smoothed(some, metric, window)
+        mean_S, half_S = _bands(values_NS)
+        axes.plot(steps_S, mean_S, label=name, linewidth=1.4)
+        axes.fill_between(steps_S, mean_S - half_S, mean_S + half_S, alpha=0.15)
+    if log:
+        axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel=label)
+    axes.legend(fontsize="small", ncols=2)
+    return picture
+
+
+def against(runs: Runs, x: Figure, y: Figure, *, labels: tuple[str, str]) -> "Picture":
+    """Two figures of each variant, each with its interval."""
+    picture, axes = _picture(8, 5)
+    across, up = by_variant(runs, x), by_variant(runs, y)
+    for name in runs:
+        a, b = across[name], up[name]
+        axes.errorbar(
+            a.mean, b.mean, xerr=_bar(a.half), yerr=_bar(b.half), fmt="o", capsize=3, label=name
+        )
+        axes.annotate(
+            name, (a.mean, b.mean), (5, 5), textcoords="offset points", fontsize="x-small"
+        )
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    return picture
+
+
+def bars(runs: Runs, figure: Figure, *, label: str) -> "Picture":
+    """One figure of each variant with its interval."""
+    picture, axes = _picture(8, 0.35 * len(runs) + 1.2)
+    found = by_variant(runs, figure)
+    names = list(reversed(list(runs)))
+    axes.barh(
+        names, [found[n].mean for n in names], xerr=[_bar(found[n].half) for n in names], capsize=3
+    )
+    axes.set(xlabel=label)
+    return picture
+
+
+def load_over_time(runs: Runs, *, layer: int = 0) -> "Picture":
+    """Relative load of each expert of one MoE layer over the steps, in each variant's first run."""
+    picture, grid = _grid(len(runs), 3.0)
+    image = None
+    for axes, (name, some) in zip(grid, runs.items(), strict=True):
+        load_SE = np.array([row["load"][layer] for row in some[0].loads], float)
+        relative_SE = load_SE / np.maximum(load_SE.mean(axis=1, keepdims=True), 1e-9)
+        steps = [row["step"] for row in some[0].loads]
+        image = axes.imshow(
+            relative_SE.T,
+            aspect="auto",
+            vmin=0,
+            vmax=3,
+            cmap="viridis",
+            extent=(steps[0], steps[-1] + 1, load_SE.shape[1] - 0.5, -0.5),
+        )
+        axes.set(title=name, xlabel="step")
+    grid[0].set_ylabel("expert")
+    _key(picture, image, grid, "load / mean")
+    return picture
+
+
+def load_by_source(runs: Runs, *, layer: int = 0, seed: int = 0) -> "Picture":
+    """Relative expert load by source in one MoE layer (report section 4.5.3, figure 9)."""
+    picture, grid = _grid(len(runs), 2.4)
+    image = None
+    for axes, (name, some) in zip(grid, runs.items(), strict=True):
+        figures = some[seed].sources
+        relative_DE = np.stack([f.relative_load[layer] for f in figures])
+        image = axes.imshow(relative_DE, aspect="auto", vmin=0, vmax=3, cmap="viridis")
+        axes.set(title=name, xlabel="expert")
+        axes.set_yticks(range(len(figures)), [f.name for f in figures], fontsize="small")
+    for axes in grid[1:]:
+        axes.set_yticklabels([])
+    _key(picture, image, grid, "load / mean")
+    return picture
+
+
+def _smoothed(some: Sequence[Run], metric: str, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Last steps `[S]` of the windows and their means `[N, S]`."""
+    found = [run.curve(metric) for run in some]
+    n = min(len(values) for _, values in found)
+    window = max(min(window, n), 1)
+    ends_S = np.arange(window, n + 1, window)
+    means = [[values[end - window : end].mean() for end in ends_S] for _, values in found]
+    return found[0][0][ends_S - 1], np.array(means)
+
+
+def _bands(values_NS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means `[S]` and half intervals, 0 for a single run."""
+    found = [estimate(column) for column in values_NS.T]
+    return np.array([f.mean for f in found]), np.nan_to_num(np.array([f.half for f in found]))
+
+
+def _bar(half: float) -> float:
+    return 0.0 if np.isnan(half) else half
+
+
+def _picture(width: float, height: float) -> "tuple[Picture, Axes]":
+    picture, axes = _pyplot().subplots(figsize=(width, height), layout="constrained")
+    axes.grid(alpha=0.25)
+    return picture, axes
+
+
+def _grid(n: int, height: float) -> "tuple[Picture, list[Axes]]":
+    """`n` axes side by side."""
+    picture, grid = _pyplot().subplots(
+        1, n, figsize=(min(3.2 * n + 1, 14), height), squeeze=False, layout="constrained"
+    )
+    return picture, list(grid[0])
+
+
+def _key(picture: "Picture", image: Any, grid: "list[Axes]", label: str) -> None:
+    picture.colorbar(image, ax=grid, label=label)
+
+
+def _pyplot() -> Any:
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise ValueError(
+            "plots need matplotlib; pip install -c constraints.txt -e '.[notebooks]'"
+        ) from None
+    return pyplot
