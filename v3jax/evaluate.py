@@ -35,6 +35,9 @@ _TRUNCATE = flags.DEFINE_bool("truncate", False, "Keep the end of what exceeds t
 _MAX_LENGTH = flags.DEFINE_integer(
     "max-length", None, "Tokens of the longest request; default the model's context.", lower_bound=2
 )
+_MAX_NEW = flags.DEFINE_integer(
+    "max-new-tokens", None, "At most so many new tokens of a text, whatever tasks ask for."
+)
 _LIST = flags.DEFINE_bool("list", False, "List the tasks, their data and what cannot be run.")
 
 _BUILT_IN = {
@@ -127,12 +130,27 @@ def _harness(ckpt: str, tasks: dict[str, Any], out: Path) -> dict[str, Any]:
             "longer ones or lower it"
         )
     answers = Answers(out / "answers.jsonl", identity(ckpt, ema=_EMA.value))
-    model = Model(loaded, answers, max_length=length, truncate=_TRUNCATE.value, chat=_CHAT.value)
+    model = Model(
+        loaded,
+        answers,
+        max_length=length,
+        truncate=_TRUNCATE.value,
+        chat=_CHAT.value,
+        max_new_tokens=_MAX_NEW.value,
+    )
     found, samples = run(model, tasks, limit=_LIMIT.value, chat=_CHAT.value)
-    with (out / "samples.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(sample, default=str) + "\n" for sample in samples)
+    _write_lines(out / "samples.jsonl", samples)
+    for name in catalogue.unexecuted(tasks):
+        texts = [(s["doc"], s["resps"][0][0]) for s in samples if s["task"] == name]
+        completions = [{"task_id": d.get("task_id"), "completion": text} for d, text in texts]
+        _write_lines(out / f"{name}.completions.jsonl", completions)
     print(catalogue.table(tasks, found))
     return found
+
+
+def _write_lines(file: Path, entries: Sequence[Any]) -> None:
+    text = "".join(json.dumps(entry, default=str) + "\n" for entry in entries)
+    file.write_text(text, encoding="utf-8")
 
 
 def listing(folder: Path) -> str:

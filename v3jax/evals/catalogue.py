@@ -8,6 +8,8 @@ holds table 3 of the DeepSeek-V3 technical report (arXiv 2412.19437), `chat` tab
 
 import difflib
 import importlib.util
+import logging
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,8 +48,15 @@ def _parsed(file: Path) -> Any:
 
 
 def not_runnable() -> list[dict[str, Any]]:
-    """Rows of the report's tables that a model alone cannot answer, each with its reason."""
-    return _parsed(_TASKS / "not_runnable.yaml")
+    """Rows of the report's tables that a model alone cannot answer, each with its reason, and a
+    name as tasks have one."""
+    rows = _parsed(_TASKS / "not_runnable.yaml")
+    return [row | {"task": _name_of(row["row"])} for row in rows]
+
+
+def _name_of(row: str) -> str:
+    """`SWE Verified (Resolved)` as `swe_verified`."""
+    return re.sub(r"\W+", "_", row.split("(")[0].strip().lower())
 
 
 def resolve(name: str, built_in: Collection[str]) -> str:
@@ -65,14 +74,14 @@ def resolve(name: str, built_in: Collection[str]) -> str:
         raise ValueError(f"--tasks: {name}: no such file")
     for row in not_runnable():
         if name == row["task"]:
-            raise ValueError(f"--tasks: {name} cannot be run here: {row['reason']}")
+            raise ValueError(f"--tasks: {name} needs more than a model: {row['reason']}")
     near = difflib.get_close_matches(name, [*built_in, *known], 1)
     hint = f"did you mean {near[0]}?" if near else "--list shows the tasks"
     raise ValueError(f"--tasks: no task {name!r}; {hint}")
 
 
 def load(names: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Tasks of the harness by name, their data read.
+    """Tasks and groups of the harness, their data read, as its `TaskManager.load` gives them.
 
     Raises:
       ValueError: no harness, or data that is missing or wrong.
@@ -81,35 +90,33 @@ def load(names: Sequence[str], folder: Path) -> dict[str, Any]:
         raise ValueError(_EXTRA)
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     metadata: Any = {"folder": str(folder)}
     ours = TaskManager(
         include_path=[str(_TASKS / "base"), str(_TASKS / "chat")],
         include_defaults=False,
         metadata=metadata,
     )
-    tasks: dict[str, Any] = {}
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
-        if not name.startswith(_HARNESS):
-            tasks |= _built(ours, name)
-            continue
-        own = name.removeprefix(_HARNESS)
-        theirs = TaskManager(metadata=metadata)
-        if own not in theirs.all_tasks:
-            near = difflib.get_close_matches(own, theirs.all_tasks, 1)
-            hint = f"did you mean {near[0]}?" if near else "lm-eval ls tasks shows them"
-            raise ValueError(f"--tasks: the harness has no task {own!r}; {hint}")
-        tasks |= _built(theirs, own)
-    return tasks
+        manager, own = ours, name
+        if name.startswith(_HARNESS):
+            manager, own = TaskManager(metadata=metadata), name.removeprefix(_HARNESS)
+            if own not in manager.all_tasks:
+                near = difflib.get_close_matches(own, manager.all_tasks, 1)
+                hint = f"did you mean {near[0]}?" if near else "lm-eval ls tasks shows them"
+                raise ValueError(f"--tasks: the harness has no task {own!r}; {hint}")
+        for kind, found in _built(manager, own).items():
+            loaded[kind] |= found
+    return loaded
 
 
 def _built(manager: Any, name: str) -> dict[str, Any]:
     try:
-        return manager.load([name])["tasks"]
+        return manager.load([name])
     except (OSError, ConnectionError) as error:
         line = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{name}: its data is not at hand and is not downloaded ({line})"
-        ) from None
+        raise ValueError(f"{name}: its data is not at hand, none is downloaded ({line})") from None
 
 
 def listing(folder: Path) -> list[str]:
@@ -121,8 +128,10 @@ def listing(folder: Path) -> list[str]:
         row = about.get("report")
         place = f"table {row['table']}, {row['row']}" if row else "not in the report"
         wanted = folder / task["dataset_kwargs"]["test"]
-        missing = "" if wanted.exists() else f"; no data: {wanted} from {about['source']}"
-        lines.append(f"{name:22s} {place}; {about['method']}{missing}")
+        there = any(wanted.with_name(wanted.name + end).exists() for end in ("", ".gz"))
+        missing = "" if there else f"; no data: {wanted} from {about['source']}"
+        reason = f"; needs {about['needs']}: {about['reason']}" if "needs" in about else ""
+        lines.append(f"{name:22s} {place}; {about['method']}{reason}{missing}")
     lines += [
         f"{row['task']:22s} table {row['table']}, {row['row']}; not runnable: {row['reason']}"
         for row in not_runnable()
@@ -130,30 +139,43 @@ def listing(folder: Path) -> list[str]:
     return lines
 
 
-def table(tasks: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def unexecuted(loaded: Mapping[str, Any]) -> list[str]:
+    """Tasks whose texts are programs that something else must run."""
+    tasks = loaded["tasks"].items()
+    return [n for n, task in tasks if (task.config.metadata or {}).get("needs") == "execution"]
+
+
+def table(loaded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Every figure with its standard error, beside the report's for the same benchmark.
 
     Args:
-      tasks: as `load` gives them.
+      loaded: as `load` gives them.
       found: the harness's results.
     """
     lines = [["task", "metric", "here", "records", "report", "for"]]
-    for name, task in tasks.items():
-        row = (task.config.metadata or {}).get("report") or {}
-        for metric, value in _figures(found["results"][name]):
+    for name, task in loaded["tasks"].items():
+        about = task.config.metadata or {}
+        row = about.get("report") or {}
+        reported = row.get("values", {})
+        last = list(reported)[-1:]  # DeepSeek-V3 stands last in the report's tables
+        shots = f", {row['shots']}-shot" if row.get("shots") is not None else ""
+        results = found["results"][name]
+        records = str(found["n-samples"][name]["effective"])
+        for metric, value in _figures(results):
             wanted = metric == row.get("metric")
-            scale = row.get("scale", 100) if row else 100
-            error = found["results"][name].get(f"{metric}_stderr,none")
-            reported = row.get("values", {}) if wanted else {}
-            last = list(reported)[-1:]  # DeepSeek-V3 stands last in the report's tables
+            scale = row.get("scale", 100) if _is_share(metric) else 1
+            here = _shown(value, results.get(f"{metric}_stderr,none"), scale)
+            if metric == "bypass":
+                metric, here = "none yet", f"needs {about.get('needs', 'a metric')}"
+            beside = [f"{reported[m]}" for m in last if wanted]
             lines.append(
                 [
                     name,
                     metric,
-                    _shown(value, error, scale if _is_share(metric) else 1),
-                    str(found["n-samples"][name]["effective"]),
-                    "".join(f"{reported[model]}" for model in last),
-                    "".join(f"{model}, {row['shots']}-shot" for model in last),
+                    here,
+                    records,
+                    *(beside or [""]),
+                    "".join(last) + shots if beside else "",
                 ]
             )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

@@ -9,14 +9,13 @@ may be kept in a file, which a repeated call reads.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lm_eval import evaluator, utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.tasks import TaskManager
 
 from v3jax.data.chat import ChatTemplate
 from v3jax.decode import Engine
@@ -25,6 +24,9 @@ from v3jax.models import Loaded
 
 _ROWS = 16
 """Prompts continued side by side."""
+_SEED = 1234  # of the examples that the harness's own tasks draw, its default
+_NEW_TOKENS = 256
+"""The most tokens of a text where a task names no number."""
 
 
 class Answers:
@@ -34,10 +36,13 @@ class Answers:
         self._file, self._model = file, model
         self._known: dict[str, Any] = {}
         if file is not None and file.exists():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                if line.endswith("}"):  # a last line may have been cut off
-                    entry = json.loads(line)
-                    self._known[entry["key"]] = entry["value"]
+            text = file.read_text(encoding="utf-8")
+            if text and not text.endswith("\n"):  # the last line was cut off
+                text = text[: text.rfind("\n") + 1]
+                file.write_text(text, encoding="utf-8")
+            for line in text.splitlines():
+                entry = json.loads(line)
+                self._known[entry["key"]] = entry["value"]
 
     def key(self, *request: Any) -> str:
         """What a request is kept under."""
@@ -63,7 +68,7 @@ class Model(TemplateLM):
       truncate: takes the end of a text that is longer, as the harness's own classes do; False
         refuses it.
       chat: puts prompts in the model's chat template.
-      max_gen_tokens: the most tokens of a text where a task names no number.
+      max_new_tokens: the most tokens of a text, however many a task asks for.
     """
 
     def __init__(
@@ -74,14 +79,14 @@ class Model(TemplateLM):
         max_length: int,
         truncate: bool = False,
         chat: bool = False,
-        max_gen_tokens: int = 256,
+        max_new_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self._tokenizer = loaded.tokenizer
         self._chat = ChatTemplate(loaded.chat_template, loaded.tokenizer) if chat else None
         self._template = loaded.chat_template
         self._answers = answers
-        self._max_length, self._max_gen_tokens = max_length, max_gen_tokens
+        self._max_length, self._max_new_tokens = max_length, max_new_tokens
         self._truncate = truncate
         parts = (loaded.params, loaded.router_state)
         self._scorer = Scorer(loaded.model, loaded.numerics, *parts)
@@ -160,7 +165,8 @@ class Model(TemplateLM):
             options = json.dumps(own, sort_keys=True)
             repeat = asked[prompt + options]
             asked[prompt + options] += 1
-            keys.append(self._answers.key("text", prompt, options, repeat, self._max_length))
+            limits = (self._max_length, self._max_new_tokens)
+            keys.append(self._answers.key("text", prompt, options, repeat, *limits))
             if self._answers.get(keys[-1]) is None:
                 groups.setdefault((options, repeat), []).append(i)
         for (options, repeat), numbers in groups.items():
@@ -177,13 +183,15 @@ class Model(TemplateLM):
         """Continuations up to the first text of `until`; a sampled one depends on its place."""
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else [text for text in until if text]
-        length = int(options.get("max_gen_toks", self._max_gen_tokens))
+        length = int(options.get("max_gen_toks", _NEW_TOKENS))
+        length = min(length, self._max_new_tokens or length)
         longest = max(len(prompt) for prompt in prompts)
         self._check(longest + length)
         room = self._max_length - length
         if room < 1:
             raise ValueError(
-                f"max_gen_toks={length} leaves no room for a prompt in {self._max_length} tokens"
+                f"max_gen_toks={length} leaves no room for a prompt in {self._max_length} tokens; "
+                "lower it with --max-new-tokens"
             )
         sampled = options.get("do_sample", False)
         rows, _ = self._engine.generate(
@@ -218,19 +226,19 @@ def _before(text: str, stops: Sequence[str]) -> str:
 
 
 def run(
-    model: Model, tasks: Mapping[str, Any], *, limit: int | None = None, chat: bool = False
+    model: Model, tasks: Any, *, limit: int | None = None, chat: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The harness's results on tasks, and each record with what the model answered."""
-    found: Any = evaluator.simple_evaluate(
-        model=model,
-        tasks=list(tasks.values()),
-        limit=limit,
-        apply_chat_template=chat,
-        bootstrap_iters=1000,
-        task_manager=TaskManager(include_defaults=False),
+    """The harness's results on tasks as `TaskManager.load` gives them, and each record with what
+    the model answered."""
+    for task in tasks["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_SEED)
+    found: Any = evaluator.evaluate(
+        model, tasks, limit=limit, apply_chat_template=chat, bootstrap_iters=1000
     )
     samples = found.pop("samples", {})
-    kept = ("results", "n-samples", "configs", "versions", "higher_is_better")
+    kept = ("results", "groups", "n-samples", "configs", "versions", "higher_is_better")
     return (
         {key: found[key] for key in kept if key in found},
         [{"task": name} | sample for name, some in samples.items() for sample in some],

@@ -24,6 +24,8 @@ _SHORTEST = 32
 """Rows are padded to this times a power of two."""
 _BATCH_TOKENS = 4096
 """Tokens of a batch, unless one row is longer."""
+_CHUNK = 256
+"""Predictions whose logits exist at the same time, a power of two."""
 
 
 class Score(NamedTuple):
@@ -56,7 +58,7 @@ class Scorer:
         router_state: Any,
     ) -> None:
         self._variables = {"params": params, "router_state": router_state}
-        self._forward = jax.jit(functools.partial(_predictions, model, numerics))
+        self._forward = functools.partial(_predictions, model, numerics)
 
     def score(
         self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], *, max_length: int
@@ -132,6 +134,7 @@ def _batches(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         yield batch
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _predictions(
     model: ModelConfig,
     numerics: NumericsConfig,
@@ -144,8 +147,19 @@ def _predictions(
     out: Any = Transformer(model, numerics, ShardingRules()).apply(
         variables, tokens_BT, counted_BS=counted_BT
     )
-    row_N, position_N, target_N = places_N3.T
-    logits_NV = head_logits(variables["params"], out.hidden_BTD[row_N, position_N])
-    log_NV = jax.nn.log_softmax(logits_NV)
-    logs_N = jnp.take_along_axis(log_NV, target_N[:, None], axis=1)[:, 0]
-    return logs_N, logits_NV.argmax(axis=1) == target_N
+    hidden_ND = out.hidden_BTD[places_N3[:, 0], places_N3[:, 1]]
+
+    def of_some(some: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden_CD, target_C = some
+        logits_CV = head_logits(variables["params"], hidden_CD)
+        wanted_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=1)[:, 0]
+        return wanted_C - jax.nn.logsumexp(logits_CV, axis=1), logits_CV.argmax(axis=1) == target_C
+
+    # Not all at once: a whole batch's logits over 129,280 ids would take 2 GB.
+    n, dim = hidden_ND.shape
+    chunks = (
+        hidden_ND.reshape(-1, min(n, _CHUNK), dim),
+        places_N3[:, 2].reshape(-1, min(n, _CHUNK)),
+    )
+    logs_XC, best_XC = jax.lax.map(of_some, chunks)
+    return logs_XC.reshape(n), best_XC.reshape(n)
