@@ -10,7 +10,7 @@ import pytest
 
 from tests import mini
 from v3jax import ablation, train
-from v3jax.ablation import ablate, closing, difference, estimate
+from v3jax.ablation import ablate, closing, difference, estimate, verdict
 
 VARIANTS = {"loss_free": [], "none": ["balance.strategy=none"]}
 SHORT = ["run.total_tokens=512", "run.eval_every=0", "run.checkpoint_every=0"]
@@ -86,3 +86,73 @@ def test_a_difference_is_taken_seed_by_seed(tmp_path: Path) -> None:
     both = {"a": [run(10), run(20)], "b": [run(9), run(19)]}
     found = difference(both, lambda r: float(r.seed), "a", "b")
     assert (found.mean, found.half) == (1.0, 0.0)
+
+
+@pytest.mark.slow
+def test_runs_beside_each_other_are_the_same_runs(tmp_path: Path) -> None:
+    alone = runs(tmp_path / "alone")
+    beside = runs(tmp_path / "beside", workers=2, held_out=True)
+    for name in VARIANTS:
+        for one, other in zip(alone[name], beside[name], strict=True):
+            np.testing.assert_array_equal(one.curve("loss")[1], other.curve("loss")[1])
+            assert (other.folder / "by_source.json").exists()
+            assert (other.folder / "acceptance.json").exists()
+            assert other.sources[0].tokens > 0
+            assert 0 <= ablation.accepted(other) <= 1
+            assert ablation.global_violation(other) >= 0
+            assert math.isnan(ablation.specialisation(other))  # of a single source
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_ends_the_others(tmp_path: Path) -> None:
+    variants = {"good": [], "bad": ["data.path=/nowhere"]}
+    with pytest.raises(ValueError, match="/nowhere"):
+        ablate(mini.config(), variants, folder=tmp_path, settings=SHORT, workers=2)
+
+
+@pytest.mark.slow
+def test_workers_know_the_rules_of_the_experiments_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from tests import mini\n"
+        "from v3jax.optim.router_bias import bias_rule\n"
+        "from v3jax.registry import register\n"
+        "@bias_rule\n"
+        "def still(bias_LE, load_LE, speed):\n"
+        "    return bias_LE + 0.5\n"
+        "@register\n"
+        "def mine():\n"
+        "    return mini.config()\n"
+    )
+    found = ablate(
+        str(file),
+        {"a": ["balance.bias_rule=still"], "b": []},
+        folder=tmp_path,
+        seeds=(0,),
+        settings=SHORT,
+        workers=2,
+    )
+    (run,) = found["a"]
+    assert run.curve("bias_mean")[1][0] == pytest.approx(0.5)
+
+
+def test_cores_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 5, 7})
+    assert ablation._shares(2) == [[0, 2, 7], [1, 5]]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3})
+    assert ablation._shares(2) == [[3], [3]]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([-0.2, -0.21, -0.19], "lower"),
+        ([0.2, 0.21, 0.19], "higher"),
+        ([-0.2, 0.21, 0.1], "no difference beyond chance"),
+        ([-0.2], "one seed says nothing of chance"),
+    ],
+)
+def test_a_verdict_is_the_intervals(values: list[float], said: str) -> None:
+    text = verdict(estimate(values), "loss, a - b")
+    assert text.startswith("loss, a - b: ")
+    assert text.endswith(f": {said}")

@@ -100,10 +100,10 @@ def _held_out(ckpt: str) -> list[dict[str, Any]]:
             f"{one.bits_per_byte:9.4f}"
         )
     if found[0].load_LE.size:
-        print(
-            f"MaxViolation over all sources {max_violation_global(found):.3f}; sources' expert "
-            f"loads differ by {specialisation(found):.3f} (0: alike, 1: no expert shared)"
-        )
+        print(f"MaxViolation over all sources {max_violation_global(found):.3f}")
+    if found[0].load_LE.size and len(found) > 1:
+        apart = specialisation(found)
+        print(f"sources' expert loads differ by {apart:.3f} (0: alike, 1: no expert shared)")
     return [one.to_json() for one in found]
 
 

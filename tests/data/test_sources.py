@@ -1,7 +1,10 @@
 """Where documents come from, and every way a user's files can be wrong."""
 
 import json
+import re
 import sys
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,32 @@ def test_the_language_reference_is_prose() -> None:
     documents = embedded("pydoc_topics")
     assert len(documents) > 50
     assert "assert" in {d.name for d in documents}
+
+
+def test_arithmetic_is_right_and_the_same_every_time() -> None:
+    documents = embedded("arithmetic")
+    assert documents == embedded("arithmetic")
+    assert len({d.text for d in documents}) == len(documents) == 4000
+    kinds = set()
+    for document in documents[::40]:
+        lines = document.text.splitlines()
+        for question, answer in zip(lines[::2], lines[1::2], strict=True):
+            numbers = [int(n) for n in re.findall(r"-?\d+", question)]
+            kind = re.sub(r"-?\d+|\b[a-z]\b", "#", question)
+            kinds.add(kind)
+            assert Fraction(answer) == _ANSWERS[kind](*numbers), question
+    assert kinds == _ANSWERS.keys()
+
+
+_ANSWERS: dict[str, Callable[..., Any]] = {
+    "Calculate # + #.": lambda a, b: a + b,
+    "What is # less than #?": lambda b, a: a - b,
+    "Multiply # and #.": lambda a, b: a * b,
+    "Solve #*# + # = # for #.": lambda a, b, c: Fraction(c - b, a),
+    "Simplify #/#.": Fraction,
+    "Calculate the remainder when # is divided by #.": lambda a, b: a - b * (a // b),
+    "What is next in #, #, #, #?": lambda a, b, c, d: d + (b - a),
+}
 
 
 @pytest.fixture

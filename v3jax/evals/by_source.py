@@ -135,8 +135,11 @@ def specialisation(figures: Sequence[SourceFigures]) -> float:
     """How differently sources use experts: the mean distance of two sources' shares of choices.
 
     Total variation, averaged over layers and pairs of sources: 0 if all sources load every expert
-    alike, 1 if no two share one. The report shows the loads only; the number is ours.
+    alike, 1 if no two share one, NaN for a single source. The report shows the loads only; the
+    number is ours.
     """
+    if len(figures) < 2:
+        return float("nan")
     share_DLE = np.stack([f.load_LE / f.load_LE.sum(axis=1, keepdims=True) for f in figures])
     first, second = np.triu_indices(len(figures), k=1)
     return float(0.5 * np.abs(share_DLE[first] - share_DLE[second]).sum(axis=-1).mean())

@@ -1,0 +1,90 @@
+"""Pictures of ablations show the runs' own numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import mini
+from v3jax.ablation import Run, closing, estimate
+from v3jax.evals.by_source import SourceFigures
+
+matplotlib = pytest.importorskip("matplotlib", reason="needs the extra notebooks: matplotlib")
+matplotlib.use("Agg")
+
+from v3jax import plots  # noqa: E402
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> dict[str, list[Run]]:
+    """Two variants on three seeds, six steps each; no training."""
+    found: dict[str, list[Run]] = {}
+    for v, name in enumerate(("one", "other")):
+        for seed in range(3):
+            folder = tmp_path / name / str(seed)
+            folder.mkdir(parents=True)
+            rows = [{"step": s, "loss": 5.0 + v + seed - 0.5 * s} for s in range(6)]
+            loads = [{"step": s, "load": [[1, 1, 2, 0], [4, 0, 0, 0]]} for s in range(0, 6, 2)]
+            for file, entries in (("metrics", rows), ("loads", loads)):
+                lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+                (folder / f"{file}.jsonl").write_text(lines)
+            sources = [
+                SourceFigures("prose", 1, 9, 2.0, 1.0, np.array([[3, 1, 0, 0], [1, 1, 1, 1]])),
+                SourceFigures("code", 1, 9, 2.0, 1.0, np.array([[0, 0, 2, 2], [1, 1, 1, 1]])),
+            ]
+            kept = json.dumps([source.to_json() for source in sources])
+            (folder / "by_source.json").write_text(kept)
+            found.setdefault(name, []).append(Run(name, seed, folder, mini.config()))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Any:
+    yield
+    plots._pyplot().close("all")
+
+
+def test_curves_are_means_over_seeds_of_windows(runs: dict[str, list[Run]]) -> None:
+    axes: Any = plots.curves(runs, "loss", label="loss", window=2).axes[0]
+    one, other = axes.get_lines()
+    np.testing.assert_array_equal(one.get_xdata(), [1, 3, 5])
+    np.testing.assert_allclose(one.get_ydata(), [5.75, 4.75, 3.75])
+    np.testing.assert_allclose(other.get_ydata(), [6.75, 5.75, 4.75])
+    assert axes.get_ylabel() == "loss"
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    half = estimate([5.0, 6.0, 7.0]).half
+    assert band.max() == pytest.approx(5.75 + half)
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["one", "other"]
+
+
+def test_figures_stand_against_each_other_with_intervals(runs: dict[str, list[Run]]) -> None:
+    first = closing("loss", 1)
+    axes: Any = plots.against(runs, first, first, labels=("x", "y")).axes[0]
+    points = [(float(c[0].get_xdata()[0]), float(c[0].get_ydata()[0])) for c in axes.containers]
+    assert points == [(3.5, 3.5), (4.5, 4.5)]
+    assert {text.get_text() for text in axes.texts} == {"one", "other"}
+
+
+def test_bars_are_the_variants_means(runs: dict[str, list[Run]]) -> None:
+    axes: Any = plots.bars(runs, closing("loss", 1), label="loss").axes[0]
+    bars = zip(axes.get_yticklabels(), axes.patches, strict=True)
+    widths = {label.get_text(): bar.get_width() for label, bar in bars}
+    assert widths == {"one": 3.5, "other": 4.5}
+
+
+def test_heat_maps_are_relative_loads(runs: dict[str, list[Run]]) -> None:
+    over_time: Any = plots.load_over_time(runs, layer=1).axes[0].images[0].get_array()
+    np.testing.assert_allclose(over_time[:, 0], [4, 0, 0, 0])
+    assert over_time.shape == (4, 3)
+    picture: Any = plots.load_by_source(runs, layer=0)
+    by_source = picture.axes[0].images[0].get_array()
+    np.testing.assert_allclose(by_source, [[3, 1, 0, 0], [0, 0, 2, 2]])
+    assert [t.get_text() for t in picture.axes[0].get_yticklabels()] == ["prose", "code"]
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"pip install .*\[notebooks\]"):
+        plots._pyplot()
