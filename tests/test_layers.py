@@ -22,7 +22,8 @@ FLOORS = (
     {"objective", "pipeline", "weights"},
     {"state", "step", "checkpoint", "metrics", "progress", "report", "decode", "hf"},
     {"models", "preflight", "summary"},
-    {"train", "grpo", "evaluate", "evals", "sample", "convert", "aot", "cost", "planning"},
+    {"evals"},
+    {"train", "grpo", "evaluate", "sample", "convert", "aot", "cost", "planning"},
     {"ablation", "plots"},
 )
 
