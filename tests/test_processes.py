@@ -201,6 +201,7 @@ def test_two_processes_give_the_run_of_one_to_the_last_bit(
     assert shown == [], "only the writer prints"
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_one_signal_stops_all_and_one_process_continues(
     launch: Launch, tmp_path: Path, whole: Path

@@ -224,6 +224,7 @@ def test_a_step_with_a_finite_loss_and_a_non_finite_gradient_commits_nothing() -
     assert bits(replace(after, bad_steps=before.bad_steps)) == bits(before)
 
 
+@pytest.mark.slow
 def test_layers_in_a_loop_give_the_step_of_unrolled_ones() -> None:
     """Their gradients are added up layer by layer instead of leaf by leaf."""
     tokens, segments = micro_batches()

@@ -23,7 +23,7 @@ FOUR = ("--set", "mesh.data=4")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--exp: name one of v3_full"),
+        ((), "--exp: name one of v3_ablation"),
         (("--exp=v3_tiny",), "--target: one like tpu:v5p:8x8x8"),
         (("--exp=v3_tyni", TARGET), "no experiment 'v3_tyni'; did you mean v3_tiny"),
         (("--exp=v3_tiny", "--target=tpu:v5:2x2x1"), "no tpu:v5; did you mean tpu:v5p"),

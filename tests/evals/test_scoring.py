@@ -30,7 +30,7 @@ def slow(variables: Any, tokens: list[int], n: int) -> tuple[float, bool]:
     return float(log[np.arange(n), wanted].sum()), bool((log.argmax(-1) == wanted).all())
 
 
-def requests(n: int = 12) -> list[tuple[list[int], list[int]]]:
+def requests(n: int = 7) -> list[tuple[list[int], list[int]]]:
     rng = np.random.default_rng(0)
     found = []
     for _ in range(n):
@@ -39,7 +39,7 @@ def requests(n: int = 12) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("batch_tokens", [64, 4096])
+@pytest.mark.parametrize("batch_tokens", [128, 4096])
 def test_scores_are_those_of_single_rows(
     variables: Any, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

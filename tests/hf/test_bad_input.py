@@ -424,8 +424,9 @@ def test_a_pickle_in_place_of_a_shard_is_not_loaded(
 
 UNPICKLERS = {
     *("pickle", "_pickle", "cPickle", "pickletools", "cloudpickle", "dill", "joblib", "jsonpickle"),
-    *("marshal", "shelve", "copyreg", "torch", "tensorflow", "pandas", "yaml", "sklearn", "h5py"),
+    *("marshal", "shelve", "copyreg", "torch", "tensorflow", "pandas", "sklearn", "h5py"),
 }
+SAFE_YAML = {"safe_load", "SafeLoader"}  # its other loaders build any object
 
 
 def unpickling(source: str) -> Iterator[str]:
@@ -434,8 +435,14 @@ def unpickling(source: str) -> Iterator[str]:
         match node:
             case ast.Import(names=names):
                 found = {alias.name.split(".")[0] for alias in names}
+            case ast.ImportFrom(module="yaml"):
+                yield "from yaml"
+                continue
             case ast.ImportFrom(module=str(module)):
                 found = {module.split(".")[0]}
+            case ast.Attribute(value=ast.Name(id="yaml"), attr=name) if name not in SAFE_YAML:
+                yield f"yaml.{name}"
+                continue
             case ast.Call(keywords=keywords):
                 allowed = [k for k in keywords if k.arg == "allow_pickle"]
                 if any(ast.unparse(k.value) != "False" for k in allowed):
@@ -466,6 +473,10 @@ def unpickling(source: str) -> Iterator[str]:
         "np.compat.pickle.load(f)",
         "numpy.lib.format.pickle",
         "__import__('marshal')",
+        "yaml.load(f, yaml.SafeLoader)",
+        "yaml.unsafe_load(f)",
+        "class L(yaml.FullLoader): ...",
+        "from yaml import Loader",
     ],
 )
 def test_the_search_for_unpickling_finds(source: str) -> None:

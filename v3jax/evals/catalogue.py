@@ -44,7 +44,11 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def _parsed(file: Path) -> Any:
-    return yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    loader = _Loader(file.read_text(encoding="utf-8"))
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def not_runnable() -> list[dict[str, Any]]:
