@@ -1,1 +1,1 @@
-"""What a trained model is worth, without a download (`by_source`)."""
+"""What a trained model is worth: on its own held-out text, and on benchmarks."""
