@@ -60,6 +60,7 @@ def test_results_stand_beside_the_reports(data: Path, tmp_path: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     assert results["n-samples"]["piqa"]["effective"] == 6
     assert results["held_out"][0]["name"] == results["acceptance"][0]["name"] == "user"
+    assert "MoE layer 0" in (out / "specialisation.html").read_text()
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert {s["task"] for s in samples} == {"humaneval", "piqa", "pile_test"}
     programs = (out / "humaneval.completions.jsonl").read_text().splitlines()

@@ -145,3 +145,17 @@ def test_the_finished_page_shows_the_runs_own_numbers() -> None:
     for name in ("interpolated bigram", "gzip -9", "unigram", "max violation, last 20 steps"):
         assert name in text
     assert len(heat_maps(text)) == 2
+
+
+def test_specialisation_is_a_map_a_layer_with_a_row_a_source() -> None:
+    load_DLE = np.array([[[3, 1, 0, 0], [1, 1, 1, 1]], [[0, 0, 2, 2], [1, 1, 1, 1]]], float)
+    text = report.specialisation_page("a <run>", ["prose", "package:jax"], load_DLE)
+    assert "a &lt;run&gt;" in text
+    first, second = heat_maps(text)
+    assert [r.findtext("title") for r in first.iter("rect")][:2] == [
+        "prose, expert 0: 3.00 x mean",
+        "prose, expert 1: 1.00 x mean",
+    ]
+    assert [t.text for t in first.iter("text")][:2] == ["prose", "jax"]
+    assert {r.get("fill") for r in second.iter("rect")} == {"rgb(255,255,255)"}
+    assert not re.search(r"<(script|link|img|iframe|object)\b|https?://|url\(|@import", text)

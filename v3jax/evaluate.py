@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags, logging
 
 from v3jax import cli, host
@@ -81,7 +82,7 @@ def evaluate(ckpt: str, tasks: Sequence[str], out: Path) -> dict[str, Any]:
     harness_tasks = catalogue.load(asked, Path(_DATA.value)) if asked else {}
     results: dict[str, Any] = {"ckpt": ckpt, "ema": _EMA.value, "limit": _LIMIT.value}
     if "held_out" in tasks:
-        results["held_out"] = _held_out(ckpt)
+        results["held_out"] = _held_out(ckpt, out)
     if "acceptance" in tasks:
         results["acceptance"] = _acceptance(ckpt)
     if harness_tasks:
@@ -89,8 +90,9 @@ def evaluate(ckpt: str, tasks: Sequence[str], out: Path) -> dict[str, Any]:
     return results
 
 
-def _held_out(ckpt: str) -> list[dict[str, Any]]:
+def _held_out(ckpt: str, out: Path) -> list[dict[str, Any]]:
     from v3jax.evals.by_source import by_source, max_violation_global, specialisation
+    from v3jax.report import specialisation_page
 
     found = by_source(ckpt, ema=_EMA.value)
     print(f"{'source':20s} {'documents':>9s} {'tokens':>9s} {'nats/token':>10s} {'bits/byte':>9s}")
@@ -101,6 +103,10 @@ def _held_out(ckpt: str) -> list[dict[str, Any]]:
         )
     if found[0].load_LE.size:
         print(f"MaxViolation over all sources {max_violation_global(found):.3f}")
+        loads = np.stack([one.load_LE for one in found]).astype(float)
+        page = specialisation_page(ckpt, [one.name for one in found], loads)
+        (out / "specialisation.html").write_text(page, encoding="utf-8")
+        print(f"expert loads by source and layer: {out / 'specialisation.html'}")
     if found[0].load_LE.size and len(found) > 1:
         apart = specialisation(found)
         print(f"sources' expert loads differ by {apart:.3f} (0: alike, 1: no expert shared)")
@@ -138,6 +144,8 @@ def _harness(ckpt: str, tasks: dict[str, Any], out: Path) -> dict[str, Any]:
         chat=_CHAT.value,
         max_new_tokens=_MAX_NEW.value,
     )
+    for name in catalogue.unlike_report(tasks, chat=_CHAT.value):
+        print(f"note: {name} runs {'with' if _CHAT.value else 'without'} --chat, unlike the report")
     found, samples = run(model, tasks, limit=_LIMIT.value, chat=_CHAT.value)
     _write_lines(out / "samples.jsonl", samples)
     for name in catalogue.unexecuted(tasks):

@@ -225,11 +225,62 @@ def render(
         sections += [
             f"<pre><b>{html.escape(s.prompt)}</b>{html.escape(s.text)}</pre>" for s in samples
         ]
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(name)}</title><style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
+    return _page(name, sections)
+
+
+def specialisation_page(name: str, sources: Sequence[str], load_DLE: np.ndarray) -> str:
+    """A page with each MoE layer's expert loads by source (report figure 9).
+
+    Args:
+      load_DLE: choices of each expert, for D sources in the order of their names.
+    """
+    mean_DL1 = np.maximum(load_DLE.mean(axis=2, keepdims=True), 1e-9)
+    relative_DLE = load_DLE / mean_DL1
+    sections = [
+        f"<h1>{html.escape(name)}</h1>",
+        '<p class="sub">Load of each expert (from left to right) by source of held-out text, over '
+        "that of perfect balance.</p>",
+        colour_key(),
+    ]
+    for layer in range(load_DLE.shape[1]):
+        svg = _source_map(sources, relative_DLE[:, layer], f"MoE layer {layer}")
+        sections.append(f"<figure><figcaption>MoE layer {layer}</figcaption>{svg}</figure>")
+    return _page(name, sections)
+
+
+def _source_map(sources: Sequence[str], relative_DE: np.ndarray, title: str) -> str:
+    left, cell_h = 150, 30
+    n_sources, n_experts = relative_DE.shape
+    cell_w = (_WIDTH - left - 10) / n_experts
+    bottom = 4 + cell_h * n_sources
+    parts = [
+        f'<svg viewBox="0 0 {_WIDTH} {bottom + 24}" role="img" aria-label="{html.escape(title)}">'
+    ]
+    for d, source in enumerate(sources):
+        y = 4 + d * cell_h
+        label = html.escape(source.removeprefix("package:")[:14])
+        parts.append(f'<text x="{left - 8}" y="{y + 21}" text-anchor="end">{label}</text>')
+        for e, relative in enumerate(relative_DE[d]):
+            parts.append(
+                f'<rect x="{left + e * cell_w:.1f}" y="{y}" width="{cell_w + 0.3:.1f}" '
+                f'height="{cell_h - 2}" fill="{_heat(float(relative))}">'
+                f"<title>{html.escape(source)}, expert {e}: {relative:.2f} x mean</title></rect>"
+            )
+    parts.append(f'<text x="{left}" y="{bottom + 18}">expert 0</text>')
+    parts.append(
+        f'<text x="{_WIDTH - 10}" y="{bottom + 18}" text-anchor="end">{n_experts - 1}</text></svg>'
     )
+    return "".join(parts)
+
+
+def _page(title: str, sections: Sequence[str]) -> str:
+    head = (
+        '<meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    )
+    body = "".join(sections)
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
 def _heat_maps(loads: Sequence[dict[str, Any]], mtp_depth: int) -> list[str]:

@@ -149,6 +149,12 @@ def unexecuted(loaded: Mapping[str, Any]) -> list[str]:
     return [n for n, task in tasks if (task.config.metadata or {}).get("needs") == "execution"]
 
 
+def unlike_report(loaded: Mapping[str, Any], *, chat: bool) -> list[str]:
+    """Tasks that the report ran with a chat template where this call has none, or without."""
+    rows = {n: (t.config.metadata or {}).get("report") for n, t in loaded["tasks"].items()}
+    return [name for name, row in rows.items() if row and (row["table"] == 6) != chat]
+
+
 def table(loaded: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Every figure with its standard error, beside the report's for the same benchmark.
 
