@@ -21,7 +21,7 @@ from v3jax.model.transformer import Transformer, head_logits
 from v3jax.sharding import ShardingRules
 
 _SHORTEST = 32
-"""Rows are padded to this times a power of two."""
+"""Rows are padded to a multiple of this at least."""
 _BATCH_TOKENS = 4096
 """Tokens of a batch, unless one row is longer."""
 _CHUNK = 256
@@ -94,7 +94,7 @@ class Scorer:
     def _run(
         self, batch: Sequence[_Row], targets: Sequence[np.ndarray]
     ) -> Iterator[tuple[int, Score]]:
-        length = _padded(len(batch[0].tokens))
+        length = _length(len(batch[0].tokens))
         n_rows = max(_BATCH_TOKENS // length, 1)
         tokens_BT = np.zeros((n_rows, length), np.int32)
         counted_BT = np.zeros((n_rows, length), bool)
@@ -114,6 +114,12 @@ class Scorer:
             yield number, Score(float(logs[span].sum(dtype=np.float64)), bool(best[span].all()))
 
 
+def _length(n: int) -> int:
+    """What a row of `n` tokens is padded to: few lengths, none more than a quarter too long."""
+    step = max(_SHORTEST, 1 << max(n.bit_length() - 3, 0))
+    return -(-n // step) * step
+
+
 def _padded(n: int) -> int:
     """The next power of two, at least `_SHORTEST`."""
     return max(_SHORTEST, 1 << (n - 1).bit_length())
@@ -124,9 +130,9 @@ def _batches(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
     batch: list[_Row] = []
     for row in rows:
         if batch:
-            length = _padded(len(batch[0].tokens))
+            length = _length(len(batch[0].tokens))
             full = len(batch) == max(_BATCH_TOKENS // length, 1)
-            if full or _padded(len(row.tokens)) != length:
+            if full or _length(len(row.tokens)) != length:
                 yield batch
                 batch = []
         batch.append(row)
