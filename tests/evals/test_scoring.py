@@ -53,6 +53,42 @@ def test_scores_are_those_of_single_rows(
         assert got[number].greedy == greedy
 
 
+def test_continuations_of_one_context_are_scored_from_its_cache(
+    variables: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(1)
+
+    def draw(n: int) -> list[int]:
+        return rng.integers(0, MODEL.vocab_size, n).tolist()
+
+    asked = []
+    for length in (33, 40):  # longer than what is scored row by row
+        context = draw(length)
+        asked += [(context, draw(n)) for n in (1, 1, 3, 5)]
+        asked.append((context, [*asked[-1][1][:-1], 3]))  # differs in the last token alone
+    asked.append((draw(40), draw(5)))  # a context of its own
+    counted = []
+    run = Scorer._run_families
+    monkeypatch.setattr(
+        Scorer,
+        "_run_families",
+        lambda self, batch, targets: counted.append(len(batch)) or run(self, batch, targets),
+    )
+    got = dict(Scorer(MODEL, FP32, **variables).score(asked, max_length=80))
+    assert sum(counted) == 2
+    assert sorted(got) == list(range(len(asked)))
+    for number, (context, continuation) in enumerate(asked):
+        log, greedy = slow(variables, context + continuation, len(continuation))
+        assert got[number].log_prob == pytest.approx(log, abs=2e-5)
+        assert got[number].greedy == greedy
+    # Where the context is cut, each pair is cut for itself.
+    got = dict(Scorer(MODEL, FP32, **variables).score(asked[4:], max_length=42))
+    for number, (context, continuation) in enumerate(asked[4:]):
+        whole = (context + continuation)[-43:]
+        log, _ = slow(variables, whole, len(continuation))
+        assert got[number].log_prob == pytest.approx(log, abs=2e-5)
+
+
 def test_a_greedy_continuation_is_known_as_such(variables: Any) -> None:
     context = [3, 1, 4]
     network = Transformer(MODEL, FP32, ShardingRules())
