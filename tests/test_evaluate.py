@@ -119,7 +119,7 @@ def test_what_cannot_be_used_is_one_line(
 def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs the extra eval; pip install .*\[eval\]"):
+    with pytest.raises(ValueError, match=r"need the extra eval; pip install .*\[eval\]"):
         catalogue.load(["gsm8k"], Path())
 
 

@@ -11,10 +11,8 @@ from tests import mini
 from v3jax.ablation import Run, closing, estimate
 from v3jax.evals.by_source import SourceFigures
 
-matplotlib = pytest.importorskip("matplotlib", reason="needs the extra notebooks: matplotlib")
-matplotlib.use("Agg")
-
-from v3jax import plots  # noqa: E402
+pytest.importorskip("matplotlib", reason="needs the extra notebooks: matplotlib")
+from v3jax import plots
 
 
 @pytest.fixture

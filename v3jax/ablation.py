@@ -53,22 +53,33 @@ class Run:
     @cached_property
     def sources(self) -> list[SourceFigures]:
         """Held-out loss and expert loads of each source, kept in `by_source.json`."""
-        kept = self.folder / "by_source.json"
-        if kept.exists():
-            return [SourceFigures.from_json(entry) for entry in json.loads(kept.read_text())]
-        found = by_source.by_source(self.folder)
-        kept.write_text(json.dumps([figures.to_json() for figures in found]))
-        return found
+        found = self._kept(
+            "by_source.json", lambda: [one.to_json() for one in by_source.by_source(self.folder)]
+        )
+        return [SourceFigures.from_json(entry) for entry in found]
 
     @cached_property
     def acceptance(self) -> list[Acceptance]:
         """Drafted tokens that were taken, by source, kept in `acceptance.json`."""
-        kept = self.folder / "acceptance.json"
-        if kept.exists():
-            return [Acceptance(**entry) for entry in json.loads(kept.read_text())]
-        found = acceptance.acceptance(self.folder)
-        kept.write_text(json.dumps([vars(one) for one in found]))
-        return found
+        found = self._kept(
+            "acceptance.json", lambda: [vars(one) for one in acceptance.acceptance(self.folder)]
+        )
+        return [Acceptance(**entry) for entry in found]
+
+    def take_held_out(self) -> None:
+        """Makes sure that `sources` and, with MTP modules, `acceptance` are kept."""
+        _ = self.sources
+        if self.cfg.model.mtp_depth:
+            _ = self.acceptance
+
+    def _kept(self, name: str, take: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """A file's entries, taken and written, whole or not at all, if there is none."""
+        file = self.folder / name
+        if not file.exists():
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(take()))
+            part.replace(file)
+        return json.loads(file.read_text())
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps at which a metric was recorded, and its values."""
@@ -181,8 +192,7 @@ def _train(run: Run, log: TextIO | None, held_out: bool) -> None:
     if not result.finished:
         raise KeyboardInterrupt(f"{run.folder}: stopped at step {result.step}")
     if held_out:
-        assert run.sources
-        assert not run.cfg.model.mtp_depth or run.acceptance
+        run.take_held_out()
 
 
 def _train_beside(planned: Sequence[Run], workers: int, exp: str | None, held_out: bool) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 _TASKS = Path(__file__).parent / "tasks"
-_EXTRA = "evaluate: needs the extra eval; pip install -c constraints.txt -e '.[eval]'"
+_EXTRA = "--tasks: benchmarks need the extra eval; pip install -c constraints.txt -e '.[eval]'"
 _HARNESS = "harness:"
 
 

@@ -89,8 +89,8 @@ class Model(TemplateLM):
         self._max_length, self._max_new_tokens = max_length, max_new_tokens
         self._truncate = truncate
         parts = (loaded.params, loaded.router_state)
-        self._scorer = Scorer(loaded.model, loaded.numerics, *parts)
         self._engine = Engine(loaded.model, *parts, loaded.tokenizer, numerics=loaded.numerics)
+        self._scorer = Scorer(loaded.model, loaded.numerics, *parts, self._engine.weights)
 
     @property
     def eot_token_id(self) -> int:

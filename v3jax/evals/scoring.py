@@ -67,7 +67,11 @@ class _Family:
 
 
 class Scorer:
-    """A model that scores token ids; see `models.Loaded` for its parts."""
+    """A model that scores token ids; see `models.Loaded` for its parts.
+
+    Args:
+      weights: the same as `decode.forward.prepare` has them, where they exist already.
+    """
 
     def __init__(
         self,
@@ -75,8 +79,10 @@ class Scorer:
         numerics: NumericsConfig,
         params: Any,
         router_state: Any,
+        weights: Weights | None = None,
     ) -> None:
         self._model, self._numerics = model, numerics
+        self._prepared = weights
         self._variables = {"params": params, "router_state": router_state}
         self._forward = functools.partial(_predictions, model, numerics)
 
@@ -122,7 +128,7 @@ class Scorer:
 
     @functools.cached_property
     def _weights(self) -> Weights:
-        return prepare(self._model, self._numerics, *self._variables.values())
+        return self._prepared or prepare(self._model, self._numerics, *self._variables.values())
 
     def _run_families(
         self, batch: Sequence[_Family], targets: Sequence[np.ndarray]
@@ -211,7 +217,8 @@ def _scores(
 
 
 def _length(n: int, least: int = _SHORTEST) -> int:
-    """What a row of `n` tokens is padded to: few lengths, none more than a quarter too long."""
+    """What a row of `n` tokens is padded to: a multiple of `least`, and beyond four times that at
+    most a quarter too long, so that there are few lengths."""
     step = max(least, 1 << max(n.bit_length() - 3, 0))
     return -(-n // step) * step
 
