@@ -101,7 +101,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     file = tmp_path / "answers.jsonl"
     requests = asked("loglikelihood", *((f"{n} " * (n % 9 + 1), f" {n}") for n in range(20)))
     whole = model(loaded).loglikelihood(requests)
-    monkeypatch.setattr("v3jax.evals.scoring._BATCH_TOKENS", 128)
+    monkeypatch.setattr("v3jax.evals.scoring._LENGTHS", (64,))  # a row a batch
     score = Scorer.score
 
     def dies(self: Scorer, pairs: Sequence[Any], *, max_length: int) -> Iterator[Any]:

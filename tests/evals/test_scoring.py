@@ -21,11 +21,16 @@ def variables() -> Any:
     return {"params": found.params, "router_state": found.router_state}
 
 
+@jax.jit
+def logits(variables: Any, tokens_T: jax.Array) -> jax.Array:
+    out: Any = Transformer(MODEL, FP32, ShardingRules()).apply(variables, tokens_T[None])
+    return head_logits(variables["params"], out.hidden_BTD[0])
+
+
 def slow(variables: Any, tokens: list[int], n: int) -> tuple[float, bool]:
-    """Log-probability of the last `n` tokens, one row at its own length."""
-    network = Transformer(MODEL, FP32, ShardingRules())
-    out: Any = network.apply(variables, jnp.asarray([tokens[:-1]]))
-    log = jax.nn.log_softmax(head_logits(variables["params"], out.hidden_BTD[0]))[-n:]
+    """Log-probability of the last `n` tokens, in a row that nothing shares."""
+    row_T = jnp.asarray(np.pad(tokens[:-1], (0, 128 - len(tokens))))
+    log = jax.nn.log_softmax(logits(variables, row_T))[len(tokens) - 1 - n : len(tokens) - 1]
     wanted = np.array(tokens[-n:])
     return float(log[np.arange(n), wanted].sum()), bool((log.argmax(-1) == wanted).all())
 
@@ -39,21 +44,16 @@ def requests(n: int = 7) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("batch_tokens", [128, 4096])
+@pytest.mark.parametrize("lengths", [(64,), (16,)])
 def test_scores_are_those_of_single_rows(
-    variables: Any, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+    variables: Any, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "_BATCH_TOKENS", batch_tokens)
-    asked = requests()
-    got = dict(Scorer(MODEL, FP32, **variables).score(asked, max_length=64))
-    assert sorted(got) == list(range(len(asked)))
-    for number, (context, continuation) in enumerate(asked):
-        log, greedy = slow(variables, context + continuation, len(continuation))
-        assert got[number].log_prob == pytest.approx(log, abs=2e-5)
-        assert got[number].greedy == greedy
+    """With 16, most requests are longer than rows of trees and have rows of their own."""
+    monkeypatch.setattr(scoring, "_LENGTHS", lengths)
+    check(variables, requests(), 64)
 
 
-def test_continuations_of_one_context_are_scored_from_its_cache(
+def test_requests_that_begin_alike_share_tokens(
     variables: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(1)
@@ -62,56 +62,61 @@ def test_continuations_of_one_context_are_scored_from_its_cache(
         return rng.integers(0, MODEL.vocab_size, n).tolist()
 
     asked = []
-    for length in (33, 40):  # longer than what is scored row by row
-        context = draw(length)
+    examples = draw(20)
+    for length in (33, 40):
+        context = examples + draw(length)
         asked += [(context, draw(n)) for n in (1, 1, 3, 5)]
         asked.append((context, [*asked[-1][1][:-1], 3]))  # differs in the last token alone
-    asked.append((draw(40), draw(5)))  # a context of its own
-    counted = []
-    run = Scorer._run_families
-    monkeypatch.setattr(
-        Scorer,
-        "_run_families",
-        lambda self, batch, targets: counted.append(len(batch)) or run(self, batch, targets),
-    )
-    got = dict(Scorer(MODEL, FP32, **variables).score(asked, max_length=80))
-    assert sum(counted) == 2
+        asked.append((context, asked[-1][1][:2]))  # ends inside another
+    asked.append((draw(40), draw(5)))  # has nothing in common
+    monkeypatch.setattr(scoring, "_LENGTHS", (256,))
+    seen = []
+    start = Scorer._start
+    monkeypatch.setattr(Scorer, "_start", lambda self, rows: seen.extend(rows) or start(self, rows))
+    check(variables, asked, 100)
+    (row,) = seen
+    n_tokens = 20 + 33 + 40 + 2 * (2 + 4) + 44
+    np.testing.assert_array_equal(row.ends_T[n_tokens:], np.arange(n_tokens, 256) + 1)
+    assert (row.ends_T[:n_tokens] <= n_tokens).all()
+    assert row.positions_T[:n_tokens].max() == 63
+    # Where contexts are cut, each pair is cut for itself.
+    check(variables, asked, 42)
+
+
+def check(variables: Any, asked: list[tuple[list[int], list[int]]], max_length: int) -> None:
+    got = dict(Scorer(MODEL, FP32, **variables).score(asked, max_length=max_length))
     assert sorted(got) == list(range(len(asked)))
     for number, (context, continuation) in enumerate(asked):
-        log, greedy = slow(variables, context + continuation, len(continuation))
+        whole = (context + continuation)[-(max_length + 1) :]
+        log, greedy = slow(variables, whole, len(continuation))
         assert got[number].log_prob == pytest.approx(log, abs=2e-5)
         assert got[number].greedy == greedy
-    # Where the context is cut, each pair is cut for itself.
-    got = dict(Scorer(MODEL, FP32, **variables).score(asked[4:], max_length=42))
-    for number, (context, continuation) in enumerate(asked[4:]):
-        whole = (context + continuation)[-43:]
-        log, _ = slow(variables, whole, len(continuation))
-        assert got[number].log_prob == pytest.approx(log, abs=2e-5)
+
+
+def test_trees_hold_no_more_than_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [([*range(30), 100 + i], [200]) for i in range(9)]
+    trees = scoring._trees(scoring._paths(asked, 64), 34)
+    assert [len(tree.paths) for tree in trees] == [4, 4, 1]
+    assert [tree.size for tree in trees] == [34, 34, 31]
+    # Beginnings that are hardly the same are packed where there is room.
+    asked = [([*range(scoring._WORTH - 1), 100 + i], [200]) for i in range(3)]
+    assert len(scoring._trees(scoring._paths(asked, 64), 64)) == 3
 
 
 def test_a_greedy_continuation_is_known_as_such(variables: Any) -> None:
     context = [3, 1, 4]
-    network = Transformer(MODEL, FP32, ShardingRules())
-    out: Any = network.apply(variables, jnp.asarray([context]))
-    best = int(head_logits(variables["params"], out.hidden_BTD[0, -1]).argmax())
+    best = int(logits(variables, jnp.asarray(context))[-1].argmax())
     asked = [(context, [best]), (context, [(best + 1) % MODEL.vocab_size])]
     got = dict(Scorer(MODEL, FP32, **variables).score(asked, max_length=8))
     assert [got[0].greedy, got[1].greedy] == [True, False]
 
 
-def test_options_of_one_token_share_a_row(variables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_one_token_go_in_once() -> None:
     asked = [([1, 2, 3], [t]) for t in range(8)] + [([1, 2], [3, 4]), ([1, 2, 3], [4, 5])]
-    seen = []
-    scorer = Scorer(MODEL, FP32, **variables)
-    monkeypatch.setattr(scorer, "_run", lambda batch, targets: seen.append(batch) or iter(()))
-    list(scorer.score(asked, max_length=8))
-    ((one, two, three),) = seen
-    assert (len(one.tokens), one.requests) == (4, (9,))
-    # The same tokens go in, but from another position on they are scored.
-    assert {(row.first, row.requests) for row in (two, three)} == {
-        (2, tuple(range(8))),
-        (1, (8,)),
-    }
+    paths = scoring._paths(asked, 8)
+    assert [path.tokens.tolist() for path in paths] == [[1, 2, 3], [1, 2, 3, 4]]
+    # The same tokens, but from another position on they are scored.
+    assert {(t.request, t.first) for t in paths[0].targets} == {*((i, 2) for i in range(8)), (8, 1)}
 
 
 def test_contexts_lose_their_beginning(variables: Any) -> None:

@@ -114,3 +114,26 @@ def test_no_program_holds_the_scores_of_a_long_sequence() -> None:
     memory = lowered.compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < length**2 / 8  # an eighth of a byte a score
+
+
+@pytest.mark.parametrize("length", [12, 300])
+def test_in_a_tree_a_token_sees_its_ancestors(length: int) -> None:
+    rng = np.random.default_rng(length)
+    parents_BT = np.full((2, length), -1)
+    for b in range(2):
+        path = []  # from a root to the token before
+        for t in range(length):
+            del path[rng.integers(0, len(path) + 1) :]  # leaves some of it, or all of it
+            parents_BT[b, t] = path[-1] if path else -1
+            path.append(t)
+    ancestors_BTS = np.zeros((2, length, length), bool)
+    ends_BT = np.zeros((2, length), int)
+    for b in range(2):
+        for t, parent in enumerate(parents_BT[b]):
+            ancestors_BTS[b, t] = ancestors_BTS[b, parent] if parent >= 0 else False
+            ancestors_BTS[b, t, t] = True
+        ends_BT[b] = [np.flatnonzero(column)[-1] + 1 for column in ancestors_BTS[b].T]
+    q, k, v, _ = arrays(2, length)
+    got = ops.tree_attention(q, k, v, jnp.asarray(ends_BT), scale=SCALE)
+    wanted = dense(q, k, v, jnp.asarray(ancestors_BTS))
+    np.testing.assert_allclose(got, wanted, atol=2e-6)

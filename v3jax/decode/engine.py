@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from v3jax.config import ModelConfig, NumericsConfig
 from v3jax.decode import sampling, steps
 from v3jax.decode.cache import new_cache, room_for
-from v3jax.decode.forward import Weights, prepare
+from v3jax.decode.forward import prepare
 from v3jax.decode.sampling import Options
 from v3jax.decode.steps import BURST, PREFILL_CHUNK, Draws, News, State, Static
 from v3jax.eplb import Placement
@@ -130,11 +130,6 @@ class Engine:
         self._n_tokens = min(tokenizer.vocab_size, model.vocab_size)
         self._weights = prepare(model, numerics, params, router_state, placement)
         self.tokenizer = tokenizer
-
-    @property
-    def weights(self) -> Weights:
-        """The model's variables as decoding has them."""
-        return self._weights
 
     def generate(
         self,

@@ -90,7 +90,7 @@ class Model(TemplateLM):
         self._truncate = truncate
         parts = (loaded.params, loaded.router_state)
         self._engine = Engine(loaded.model, *parts, loaded.tokenizer, numerics=loaded.numerics)
-        self._scorer = Scorer(loaded.model, loaded.numerics, *parts, self._engine.weights)
+        self._scorer = Scorer(loaded.model, loaded.numerics, *parts)
 
     @property
     def eot_token_id(self) -> int:

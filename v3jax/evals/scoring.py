@@ -1,15 +1,14 @@
 """Log-probabilities of given tokens under a model, for evaluations by likelihood.
 
-Requests are run in order of length, in batches of a few shapes, so that little is padded and little
-is compiled. What several requests have in common is run once. A request whose context and all but
-the last continued token are another's shares its row (the options of a multiple choice that are
-single tokens). Where longer continuations share a context, it is read into the latent cache of
-decoding, and each continuation goes on from a copy of that.
-Dims: B rows, T tokens of a row, N scored tokens of a batch, V vocabulary; P contexts, O branches.
+What requests have in common at their beginnings goes through the model once: the options of a
+question share its text, and the questions of a task the examples before them. Requests become trees
+of tokens, several in a row, laid out depth first; a token attends to its ancestors alone, and its
+position is its depth. Rows are all of one length, so little is padded and little is compiled.
+Dims: B rows, T tokens of a row, D model, C predictions of a chunk, V vocabulary.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,20 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from v3jax.config import ModelConfig, NumericsConfig
-from v3jax.decode.cache import Cache, new_cache, room_for
-from v3jax.decode.forward import Weights, main_forward, prepare
-from v3jax.model.layers import compute_dtype
+from v3jax.data.packing import best_fit
 from v3jax.model.transformer import Transformer, head_logits
+from v3jax.ops.attention import Tree
 from v3jax.sharding import ShardingRules
 
-_SHORTEST = 32
-"""Rows are padded to a multiple of this at least."""
-_BATCH_TOKENS = 4096
-"""Tokens of a batch, unless one row is longer."""
-_BRANCH = 8
-"""Branches are padded to a multiple of this at least."""
+_LENGTHS = (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+"""Of rows that hold trees; the last is also how many tokens a batch has."""
+_WORTH = 16
+"""Requests that share fewer tokens at their beginnings need not share a row."""
 _CHUNK = 256
-"""Predictions whose logits exist at the same time, a power of two."""
+"""Predictions whose logits exist at the same time."""
 
 
 class Score(NamedTuple):
@@ -43,48 +39,64 @@ class Score(NamedTuple):
     """Whether each of its tokens was the likeliest."""
 
 
-@dataclass(frozen=True)
-class _Row:
-    """Tokens that go through the model once, and the requests they answer."""
+class _Target(NamedTuple):
+    """What a request asks of the tokens that go in for it."""
 
-    tokens: tuple[int, ...]
+    request: int
     first: int
-    """Position of the first scored prediction: that of the token after it."""
-    requests: tuple[int, ...]
+    """Depth of the token that predicts the first one asked for."""
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class _Family:
-    """A context, and what goes on from it: tokens without the last, and the requests of each."""
+class _Path:
+    """Tokens from a root down, and what is asked of them."""
 
-    context: tuple[int, ...]
-    branches: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    tokens: np.ndarray
+    targets: tuple[_Target, ...]
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest branch."""
-        return max(len(tokens) for tokens, _ in self.branches)
+
+@dataclass
+class _Tree:
+    """Paths in lexicographic order that share `shared[i]` tokens with the one before."""
+
+    paths: list[_Path]
+    shared: list[int]
+    size: int
+
+
+class _Row:
+    """Trees side by side, depth first; see `ops.attention.Tree`."""
+
+    def __init__(self, trees: Iterable[_Tree], length: int) -> None:
+        self.tokens_T = np.zeros(length, np.int32)
+        self.positions_T = np.zeros(length, np.int32)
+        self.ends_T = np.arange(1, length + 1, dtype=np.int32)  # padding sees itself
+        self.asked: list[tuple[int, np.ndarray, tuple[int, ...]]] = []
+        """Request, places of its predictions, their targets."""
+        used = 0
+        for tree in trees:
+            places = np.empty(0, np.int32)  # of the path in hand, by depth
+            for path, shared in zip(tree.paths, tree.shared, strict=True):
+                self.ends_T[places[shared:]] = used
+                added = slice(used, used + len(path.tokens) - shared)
+                used = added.stop
+                self.tokens_T[added] = path.tokens[shared:]
+                self.positions_T[added] = np.arange(shared, len(path.tokens))
+                places = np.append(places[:shared], np.arange(added.start, used, dtype=np.int32))
+                for request, first, tokens in path.targets:
+                    self.asked.append((request, places[first : first + len(tokens)], tokens))
+            self.ends_T[places] = used
 
 
 class Scorer:
-    """A model that scores token ids; see `models.Loaded` for its parts.
-
-    Args:
-      weights: the same as `decode.forward.prepare` has them, where they exist already.
-    """
+    """A model that scores token ids; see `models.Loaded` for its parts."""
 
     def __init__(
-        self,
-        model: ModelConfig,
-        numerics: NumericsConfig,
-        params: Any,
-        router_state: Any,
-        weights: Weights | None = None,
+        self, model: ModelConfig, numerics: NumericsConfig, params: Any, router_state: Any
     ) -> None:
         self._model, self._numerics = model, numerics
-        self._prepared = weights
         self._variables = {"params": params, "router_state": router_state}
-        self._forward = functools.partial(_predictions, model, numerics)
 
     def score(
         self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], *, max_length: int
@@ -92,233 +104,155 @@ class Scorer:
         """Scores `(context, continuation)` pairs; yields a request's number and its score.
 
         A context loses tokens at its beginning where the pair exceeds `max_length` + 1 tokens.
-        Pairs come out as they are done, the longest first.
+        Pairs come out as they are done, in no particular order.
 
         Raises:
           ValueError: an empty context or continuation, or a continuation that does not fit.
         """
-        targets = []
-        by_context: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
-        for number, (context, continuation) in enumerate(requests):
-            if not context or not continuation:
-                raise ValueError(f"request {number}: needs a context and a continuation")
-            if len(continuation) > max_length:
-                raise ValueError(
-                    f"request {number}: {len(continuation)} tokens to score, more than "
-                    f"max_length={max_length}"
-                )
-            whole = (*context, *continuation)[-(max_length + 1) :]
-            targets.append(np.array(continuation, np.int32))
-            branches = by_context.setdefault(whole[: -len(continuation)], {})
-            branches.setdefault(tuple(continuation[:-1]), []).append(number)
-        rows, families = [], []
-        for context, branches in by_context.items():
-            if len(branches) > 1 and len(context) >= _SHORTEST:
-                several = tuple((tokens, tuple(numbers)) for tokens, numbers in branches.items())
-                families.append(_Family(context, several))
-            else:
-                for tokens, numbers in branches.items():
-                    rows.append(_Row((*context, *tokens), len(context) - 1, tuple(numbers)))
-        rows.sort(key=lambda row: -len(row.tokens))
-        families.sort(key=lambda family: (-_length(len(family.context)), -family.longest))
-        for batch in _batches(rows):
-            yield from self._run(batch, targets)
-        for batch in _family_batches(families):
-            yield from self._run_families(batch, targets)
+        waiting: tuple[list[_Row], list[Any]] | None = None
+        for rows in self._batches(_paths(requests, max_length)):
+            found = self._start(rows)
+            if waiting is not None:
+                yield from _scores(*waiting)
+            waiting = rows, found
+        if waiting is not None:
+            yield from _scores(*waiting)
 
-    @functools.cached_property
-    def _weights(self) -> Weights:
-        return self._prepared or prepare(self._model, self._numerics, *self._variables.values())
+    def _batches(self, paths: Sequence[_Path]) -> Iterator[list[_Row]]:
+        """Rows of a length, the longest requests first."""
+        long = [path for path in paths if len(path.tokens) > _LENGTHS[-1]]
+        for path in sorted(long, key=lambda path: -len(path.tokens)):
+            length = -(-len(path.tokens) // _LENGTHS[-1]) * _LENGTHS[-1]
+            yield [_Row([_Tree([path], [0], len(path.tokens))], length)]
+        paths = [path for path in paths if len(path.tokens) <= _LENGTHS[-1]]
+        if not paths:
+            return
+        length, rows = self._arranged(paths)
+        at_once = _LENGTHS[-1] // length
+        for start in range(0, len(rows), at_once):
+            yield [_Row(trees, length) for trees in rows[start : start + at_once]]
 
-    def _run_families(
-        self, batch: Sequence[_Family], targets: Sequence[np.ndarray]
-    ) -> Iterator[tuple[int, Score]]:
-        length = _length(len(batch[0].context))
-        contexts = _Grid(max(_BATCH_TOKENS // length, 1), length)
-        going_on = [tokens for family in batch for tokens, _ in family.branches if tokens]
-        longest = max(family.longest for family in batch)
-        branches = _Grid(_padded(len(going_on)), _length(longest, _BRANCH))
-        parents = np.zeros(len(branches.tokens_BT), np.int32)
-        wanted: list[tuple[int, int]] = []  # place among all hidden states, target
-        spans: list[tuple[int, slice]] = []
-        n_contexts = contexts.tokens_BT.size
-        for family in batch:
-            first = contexts.add(family.context, 0)
-            parent = first // length
-            last = first + len(family.context) - 1
-            for tokens, numbers in family.branches:
-                place = 0
-                if tokens:
-                    place = n_contexts + branches.add(tokens, len(family.context))
-                    parents[branches.used - 1] = parent
-                for number in numbers:
-                    start = len(wanted)
-                    places = [last, *range(place, place + len(tokens))]
-                    wanted += zip(places, targets[number].tolist(), strict=True)
-                    spans.append((number, slice(start, len(wanted))))
-        places_N2 = np.zeros((_padded(len(wanted)), 2), np.int32)
-        places_N2[: len(wanted)] = wanted
-        found = _after_contexts(
-            self._model,
-            self._numerics,
-            self._weights,
-            self._variables["params"],
-            (contexts.tokens_BT, contexts.positions_BT),
-            (branches.tokens_BT, branches.positions_BT),
-            parents,
-            places_N2,
+    def _arranged(self, paths: Sequence[_Path]) -> tuple[int, list[list[_Tree]]]:
+        """The length of row that costs least, and the trees of each row.
+
+        In long rows more is shared and less is left empty, but each token meets more others.
+        """
+        longest = max(len(path.tokens) for path in paths)
+        model = self._model
+        head_dims = model.nope_head_dim + model.rope_head_dim + model.v_head_dim
+        products, best = self._products(), None
+        for length in (length for length in _LENGTHS if length >= longest):
+            trees = _trees(paths, length)
+            rows = best_fit([tree.size for tree in trees], length)
+            met = model.n_layers * model.n_heads * head_dims * length / 2
+            work = len(rows) * length * (products + met)
+            if best is None or work < best[0]:
+                best = work, length, [[trees[i] for i in row] for row in rows]
+        assert best is not None
+        return best[1:]
+
+    def _products(self) -> float:
+        """Multiplications of a token with the layers' matrices."""
+        share = self._model.top_k / self._model.n_experts
+        leaves = jax.tree_util.tree_leaves_with_path(
+            {name: self._variables["params"].get(name) for name in ("dense_layers", "moe_layers")}
         )
-        yield from _scores(spans, *jax.device_get(found))
+        return sum(
+            leaf.size * (share if "['experts']" in jax.tree_util.keystr(path) else 1)
+            for path, leaf in leaves
+        )
 
-    def _run(
-        self, batch: Sequence[_Row], targets: Sequence[np.ndarray]
-    ) -> Iterator[tuple[int, Score]]:
-        length = _length(len(batch[0].tokens))
-        n_rows = max(_BATCH_TOKENS // length, 1)
-        tokens_BT = np.zeros((n_rows, length), np.int32)
-        counted_BT = np.zeros((n_rows, length), bool)
-        wanted: list[tuple[int, int, int]] = []  # row, position, target
-        spans: list[tuple[int, slice]] = []
-        for b, row in enumerate(batch):
-            tokens_BT[b, : len(row.tokens)] = row.tokens
-            counted_BT[b, : len(row.tokens)] = True
-            for number in row.requests:
-                start = len(wanted)
-                wanted += [(b, row.first + i, int(t)) for i, t in enumerate(targets[number])]
-                spans.append((number, slice(start, len(wanted))))
-        places = np.zeros((_padded(len(wanted)), 3), np.int32)
-        places[: len(wanted)] = wanted
-        found = self._forward(self._variables, tokens_BT, counted_BT, places)
-        yield from _scores(spans, *jax.device_get(found))
-
-
-class _Grid:
-    """Token rows of one length with their positions, -1 where nothing is."""
-
-    def __init__(self, n_rows: int, length: int) -> None:
-        self.tokens_BT = np.zeros((n_rows, length), np.int32)
-        self.positions_BT = np.full((n_rows, length), -1, np.int32)
-        self.used = 0
-
-    def add(self, tokens: Sequence[int], position: int) -> int:
-        """Takes the next row for tokens from a position on; where they begin, rows flattened."""
-        row, length = self.used, self.tokens_BT.shape[1]
-        self.tokens_BT[row, : len(tokens)] = tokens
-        self.positions_BT[row, : len(tokens)] = position + np.arange(len(tokens))
-        self.used += 1
-        return row * length
+    def _start(self, rows: Sequence[_Row]) -> list[Any]:
+        """Logs and hits of all that the rows are asked, in order, chunk by chunk."""
+        length = len(rows[0].tokens_T)
+        # The last batch may be smaller: the next power of two, so that sizes are few.
+        n_rows = min(max(_LENGTHS[-1] // length, 1), 1 << (len(rows) - 1).bit_length())
+        tokens_BT, positions_BT, ends_BT = (np.zeros((n_rows, length), np.int32) for _ in range(3))
+        ends_BT[len(rows) :] = np.arange(1, length + 1)
+        for b, row in enumerate(rows):
+            tokens_BT[b], positions_BT[b], ends_BT[b] = row.tokens_T, row.positions_T, row.ends_T
+        tree = Tree(*map(jnp.asarray, (positions_BT, ends_BT))) if length <= _LENGTHS[-1] else None
+        hidden_BTD = _hidden(self._model, self._numerics, self._variables, tokens_BT, tree)
+        places = np.concatenate(
+            [b * length + places for b, row in enumerate(rows) for _, places, _ in row.asked]
+        )
+        targets = np.concatenate([tokens for row in rows for _, _, tokens in row.asked])
+        empty = -len(places) % _CHUNK
+        chunks = (np.pad(x, (0, empty)).reshape(-1, _CHUNK) for x in (places, targets))
+        head = {"lm_head": self._variables["params"]["lm_head"]}
+        return [_predictions(head, hidden_BTD, *chunk) for chunk in zip(*chunks, strict=True)]
 
 
-def _scores(
-    spans: Sequence[tuple[int, slice]], logs_N: np.ndarray, best_N: np.ndarray
-) -> Iterator[tuple[int, Score]]:
-    for number, span in spans:
-        yield number, Score(float(logs_N[span].sum(dtype=np.float64)), bool(best_N[span].all()))
+def _paths(requests: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int) -> list[_Path]:
+    """The tokens that go in for the requests, each once, in lexicographic order."""
+    targets: dict[tuple[int, ...], list[_Target]] = {}
+    for number, (context, continuation) in enumerate(requests):
+        if not context or not continuation:
+            raise ValueError(f"request {number}: needs a context and a continuation")
+        if len(continuation) > max_length:
+            raise ValueError(
+                f"request {number}: {len(continuation)} tokens to score, more than "
+                f"max_length={max_length}"
+            )
+        tokens = (*context, *continuation[:-1])[-max_length:]
+        target = _Target(number, len(tokens) - len(continuation), tuple(continuation))
+        targets.setdefault(tokens, []).append(target)
+    return [_Path(np.array(tokens), tuple(targets[tokens])) for tokens in sorted(targets)]
 
 
-def _length(n: int, least: int = _SHORTEST) -> int:
-    """What a row of `n` tokens is padded to: a multiple of `least`, and beyond four times that at
-    most a quarter too long, so that there are few lengths."""
-    step = max(least, 1 << max(n.bit_length() - 3, 0))
-    return -(-n // step) * step
+def _trees(paths: Sequence[_Path], capacity: int) -> list[_Tree]:
+    """Neighbours that share enough, as trees of at most `capacity` tokens."""
+    trees: list[_Tree] = []
+    for before, path in zip([None, *paths], paths, strict=False):
+        n = len(path.tokens)
+        shared = 0 if before is None else _shared(before.tokens, path.tokens)
+        if shared >= _WORTH and trees[-1].size + n - shared <= capacity:
+            trees[-1].paths.append(path)
+            trees[-1].shared.append(shared)
+            trees[-1].size += n - shared
+        else:
+            trees.append(_Tree([path], [0], n))
+    return trees
 
 
-def _padded(n: int) -> int:
-    """The next power of two, at least `_SHORTEST`."""
-    return max(_SHORTEST, 1 << (n - 1).bit_length())
+def _shared(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens are the same at the beginning."""
+    n = min(len(a), len(b))
+    differ = a[:n] != b[:n]
+    return int(differ.argmax()) if differ.any() else n
 
 
-def _batches(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-    """Rows, longest first, in batches of one padded length."""
-    batch: list[_Row] = []
+def _scores(rows: Sequence[_Row], found: Sequence[Any]) -> Iterator[tuple[int, Score]]:
+    logs, hits = (np.concatenate(parts) for parts in zip(*jax.device_get(found), strict=True))
+    at = 0
     for row in rows:
-        if batch:
-            length = _length(len(batch[0].tokens))
-            full = len(batch) == max(_BATCH_TOKENS // length, 1)
-            if full or _length(len(row.tokens)) != length:
-                yield batch
-                batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def _family_batches(families: Sequence[_Family]) -> Iterator[list[_Family]]:
-    """Families, longest context first, in batches of one padded context length."""
-    batch: list[_Family] = []
-    for family in families:
-        if batch:
-            length = _length(len(batch[0].context))
-            full = len(batch) == max(_BATCH_TOKENS // length, 1)
-            every = [*batch, family]
-            longest = max(f.longest for f in every)
-            room = sum(len(f.branches) for f in every) * _length(longest, _BRANCH)
-            if full or room > 2 * _BATCH_TOKENS or _length(len(family.context)) != length:
-                yield batch
-                batch = []
-        batch.append(family)
-    if batch:
-        yield batch
+        for request, _, targets in row.asked:
+            span = slice(at, at + len(targets))
+            at = span.stop
+            yield request, Score(float(logs[span].sum(dtype=np.float64)), bool(hits[span].all()))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _after_contexts(
-    model: ModelConfig,
-    numerics: NumericsConfig,
-    weights: Weights,
-    params: Any,
-    contexts_PT: tuple[jax.Array, jax.Array],
-    branches_OT: tuple[jax.Array, jax.Array],
-    parents_O: jax.Array,
-    places_N2: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """As `_predictions`, of contexts and of branches that go on from them.
-
-    `contexts_PT` and `branches_OT` are tokens and positions; places count the hidden states of all
-    contexts and then of all branches.
-    """
-    n_contexts, length = contexts_PT[0].shape
-    room = room_for(length + branches_OT[0].shape[1])
-    cache = new_cache(model, n_contexts, room, compute_dtype(numerics))
-    forward = functools.partial(main_forward, model, numerics, weights, absorbed=False)
-    hidden_PTD, cache = forward(cache, *contexts_PT)
-    cache = Cache(tuple(layer_PSZ[parents_O] for layer_PSZ in cache.layers))
-    hidden_OTD, _ = forward(cache, *branches_OT)
-    flat = [hidden.reshape(-1, model.dim) for hidden in (hidden_PTD, hidden_OTD)]
-    hidden_ND = jnp.concatenate(flat)[places_N2[:, 0]]
-    return _of_hidden(params, hidden_ND, places_N2[:, 1])
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _predictions(
+def _hidden(
     model: ModelConfig,
     numerics: NumericsConfig,
     variables: Any,
     tokens_BT: jax.Array,
-    counted_BT: jax.Array,
-    places_N3: jax.Array,
+    tree: Tree | None,
+) -> jax.Array:
+    network = Transformer(model, numerics, ShardingRules())
+    out: Any = network.apply(variables, tokens_BT, tree=tree)
+    return out.hidden_BTD
+
+
+@jax.jit
+def _predictions(
+    head: Any, hidden_BTD: jax.Array, places_C: jax.Array, targets_C: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each wanted token at its place, and whether it is the likeliest, `[N]`."""
-    out: Any = Transformer(model, numerics, ShardingRules()).apply(
-        variables, tokens_BT, counted_BS=counted_BT
-    )
-    hidden_ND = out.hidden_BTD[places_N3[:, 0], places_N3[:, 1]]
-    return _of_hidden(variables["params"], hidden_ND, places_N3[:, 2])
-
-
-def _of_hidden(
-    params: Any, hidden_ND: jax.Array, target_N: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    def of_some(some: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        hidden_CD, target_C = some
-        logits_CV = head_logits(params, hidden_CD)
-        wanted_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=1)[:, 0]
-        best_C = wanted_C == logits_CV.max(axis=1)  # an argmax takes many times as long on CPU
-        return wanted_C - jax.nn.logsumexp(logits_CV, axis=1), best_C
-
-    # Not all at once: a whole batch's logits over 129,280 ids would take 2 GB.
-    n, dim = hidden_ND.shape
-    size = min(n, _CHUNK)
-    chunks = (hidden_ND.reshape(-1, size, dim), target_N.reshape(-1, size))
-    logs_XC, best_XC = jax.lax.map(of_some, chunks)
-    return logs_XC.reshape(n), best_XC.reshape(n)
+    """Log-probability of each target after its place among all rows' tokens, and whether it is the
+    likeliest: `[C]` each."""
+    hidden_CD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[places_C]
+    logits_CV = head_logits(head, hidden_CD)
+    wanted_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=1)[:, 0]
+    best_C = wanted_C == logits_CV.max(axis=1)  # an argmax takes many times as long on CPU
+    return wanted_C - jax.nn.logsumexp(logits_CV, axis=1), best_C

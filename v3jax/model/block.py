@@ -39,13 +39,14 @@ class Block(Module):
         positions_T: jax.Array,
         segments_BT: jax.Array | None,
         counted_BT: jax.Array | None,
+        ends_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats | None]:
         cfg = self.cfg
         input_norm = self.norm_weight("input_layernorm", cfg.dim)
         post_norm = self.norm_weight("post_attention_layernorm", cfg.dim)
         parts = (cfg, self.numerics, self.rules)
         h_BTD = rms_norm(x_BTD, input_norm, cfg.norm_eps)
-        x_BTD += MLA(*parts, name="self_attn")(h_BTD, positions_T, segments_BT)
+        x_BTD += MLA(*parts, name="self_attn")(h_BTD, positions_T, segments_BT, ends_BT)
         x_BTD = checkpoint_name(x_BTD, "attention_residual")
         h_BTD = rms_norm(x_BTD, post_norm, cfg.norm_eps)
         if self.moe:

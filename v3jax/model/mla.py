@@ -15,16 +15,21 @@ from jax.ad_checkpoint import checkpoint_name
 from v3jax import kernels
 from v3jax.model.layers import Module
 from v3jax.ops import rope
-from v3jax.ops.attention import causal_attention
+from v3jax.ops.attention import causal_attention, tree_attention
 from v3jax.ops.norm import rms_norm
 
 
 class MLA(Module):
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions_T: jax.Array, segments_BT: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        positions_T: jax.Array,
+        segments_BT: jax.Array | None,
+        ends_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """Attention output `[B, T, D]`; `segments_BT` confines attention to its own segment."""
+        """Attention output `[B, T, D]`; `segments_BT` confines attention to its own segment,
+        `ends_BT` to a token's ancestors (`ops.attention.Tree`)."""
         cfg = self.cfg
         chex.assert_shape(x_BTD, (None, None, cfg.dim))
         n_heads, nope, rot = cfg.n_heads, cfg.nope_head_dim, cfg.rope_head_dim
@@ -47,13 +52,16 @@ class MLA(Module):
         q_rope_BTHR = rope.rotate(q_rope_BTHR, positions_T, theta_P)
         k_rope_BTR = rope.rotate(k_rope_BTR, positions_T, theta_P)
         k_rope_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None], q_rope_BTHR.shape)
-        out_BTHV = causal_attention(
-            jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1),
-            jnp.concatenate([k_nope_BTHN, k_rope_BTHR], axis=-1),
-            v_BTHV,
-            scale=rope.softmax_scale(cfg),
-            segments_BT=segments_BT,
-        )
+        q_BTHK = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
+        k_BTHK = jnp.concatenate([k_nope_BTHN, k_rope_BTHR], axis=-1)
+        scale = rope.softmax_scale(cfg)
+        if ends_BT is None:
+            out_BTHV = causal_attention(
+                q_BTHK, k_BTHK, v_BTHV, scale=scale, segments_BT=segments_BT
+            )
+        else:
+            assert segments_BT is None, "segments and trees exclude each other"
+            out_BTHV = tree_attention(q_BTHK, k_BTHK, v_BTHV, ends_BT, scale=scale)
         return jnp.einsum("bthv,hvd->btd", out_BTHV, o.reshape(n_heads, -1, cfg.dim))
 
     def _queries(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:

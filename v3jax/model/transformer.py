@@ -18,6 +18,7 @@ from v3jax.model.moe import RouterStats
 from v3jax.model.mtp import MTPModule
 from v3jax.ops import loss
 from v3jax.ops.accumulate import Sink, tapped
+from v3jax.ops.attention import Tree
 from v3jax.ops.embedding import embed
 from v3jax.ops.expert_parallel import no_exchange
 from v3jax.ops.norm import rms_norm
@@ -48,6 +49,7 @@ class Transformer(Module):
         ahead: int = 0,
         segments_BT: jax.Array | None = None,
         counted_BS: jax.Array | None = None,
+        tree: Tree | None = None,
         sink: Sink | None = None,
     ) -> Output:
         """Runs the network.
@@ -58,6 +60,7 @@ class Transformer(Module):
             run. With 0 all tokens are inputs and the modules are left out.
           segments_BT: confines attention to equal segments; None sees the whole row.
           counted_BS: bool; tokens that count in loads and the balance loss. None: all.
+          tree: the rows hold token trees, for inference (`ahead` 0, no segments).
           sink: takes the gradients of the stacked layers, named as they are.
         """
         cfg = self.cfg
@@ -66,7 +69,7 @@ class Transformer(Module):
             self.parameter("lm_head", init, (cfg.dim, cfg.vocab_size), "embed", "vocab")
         final_norm = self.norm_weight("norm", cfg.dim)
         length = tokens_BS.shape[1] - ahead
-        positions_T = jnp.arange(length)
+        positions_T = jnp.arange(length) if tree is None else tree.positions_BT
         if counted_BS is None:
             counted_BS = jnp.ones(tokens_BS.shape, bool)
         counted_BT = counted_BS[:, :length]
@@ -75,6 +78,8 @@ class Transformer(Module):
         embedded_BSD = self._embedded(tokens_BS)
         x_BTD = constrain(embedded_BSD[:, :length], self.rules, "batch", "seq", None)
         shared = (positions_T, segments_BT, counted_BT)
+        if tree is not None:
+            shared = (*shared, tree.ends_BT)
         stats = []
         if cfg.n_dense_layers:
             x_BTD, _ = self._layers("dense_layers", x_BTD, shared, sink)

@@ -8,6 +8,7 @@ Dims: B batch, T time, C queries of a chunk, S keys before its end, H heads, K k
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,15 @@ _MAX_CHUNKS = 8
 _LONG = 4096
 """Beyond this length chunks meet chunks in a loop."""
 _LONG_CHUNK = 512
+
+
+class Tree(NamedTuple):
+    """Rows of token trees, depth first: each token comes after its parent, its subtree next."""
+
+    positions_BT: jax.Array
+    """A token's depth, which is its position."""
+    ends_BT: jax.Array
+    """The place after its subtree, up to which it is seen."""
 
 
 def causal_attention(
@@ -57,6 +67,22 @@ def _attention(
     scale: float,
 ) -> jax.Array:
     return _forward(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale)[0]
+
+
+def tree_attention(
+    q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array, ends_BT: jax.Array, *, scale: float
+) -> jax.Array:
+    """As `causal_attention`, but a token sees itself and its ancestors in a `Tree` alone."""
+    outs = []
+    with jax.named_scope("attention"):
+        for chunk in _chunks(q_BTHK.shape[1]):
+            s_BHCS = _scores(q_BTHK[:, chunk], k_BTHK[:, : chunk.stop], None, chunk, scale)
+            rows_C = jnp.arange(chunk.start, chunk.stop)
+            seen_BCS = rows_C[:, None] < ends_BT[:, None, : chunk.stop]
+            p_BHCS = jax.nn.softmax(jnp.where(seen_BCS[:, None], s_BHCS, -jnp.inf), axis=-1)
+            p_BHCS = p_BHCS.astype(v_BTHV.dtype)
+            outs.append(jnp.einsum("bhcs,bshv->bchv", p_BHCS, v_BTHV[:, : chunk.stop]))
+    return jnp.concatenate(outs, axis=1)
 
 
 def _chunks(length: int) -> list[slice]:
