@@ -3,48 +3,43 @@
     python -m benchmarks.balance [--strategies=loss_free,none] [--seeds=0,1,2]
 
 Prints the mean over the last 20 steps of MaxViolation, `(max load - mean) / mean` of the batch
-averaged over MoE layers, and the held-out loss. Only `balance.strategy` and `run.seed` differ.
+averaged over MoE layers, and the held-out loss, each with half of its 95% interval over the seeds.
+Only `balance.strategy` and `run.seed` differ.
 """
 
+import sys
 import tempfile
-from pathlib import Path
 
-import numpy as np
 from absl import app, flags
 
-from v3jax import config, registry, train
-from v3jax.host import reuse_freed_memory
-from v3jax.metrics import read_rows
+from v3jax import host
+from v3jax.ablation import ablate, closing, table
 
 _STRATEGIES = flags.DEFINE_list("strategies", ["loss_free", "none"], "Values of balance.strategy.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Values of run.seed.")
-_LAST = 20
-
-
-def run_one(strategy: str, seed: str) -> tuple[float, float]:
-    """Trains once; the closing MaxViolation and held-out loss."""
-    cfg = config.override(
-        registry.get("v3_tiny"),
-        [f"balance.strategy={strategy}", f"run.seed={seed}", "run.checkpoint_every=0"],
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        result = train.run(cfg, folder)
-        rows = read_rows(Path(folder) / "metrics.jsonl")
-    violation = float(np.mean([row["max_violation"] for row in rows[-_LAST:]]))
-    return violation, result.eval_loss or float("nan")
 
 
 def main(argv: list[str]) -> None:
     del argv
-    reuse_freed_memory()
-    lines = []
-    for seed in _SEEDS.value:
-        for strategy in _STRATEGIES.value:
-            violation, loss = run_one(strategy, seed)
-            lines.append(f"{seed:>4s}  {strategy:10s}  {violation:12.3f}  {loss:13.4f}")
-            print(lines[-1], flush=True)
-    print("\nseed  strategy    MaxViolation  held-out loss")
-    print("\n".join(lines))
+    host.prepare()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = ablate(
+            "v3_tiny",
+            {name: [f"balance.strategy={name}"] for name in _STRATEGIES.value},
+            folder=folder,
+            seeds=[int(seed) for seed in _SEEDS.value],
+            settings=["run.checkpoint_every=0"],
+            log=sys.stderr,
+        )
+        figures = {
+            "MaxViolation": closing("max_violation", 20),
+            "held-out loss": closing("eval_loss", 1),
+        }
+        for seed, *some in zip(_SEEDS.value, *runs.values(), strict=True):
+            for run in some:
+                values = "  ".join(f"{take(run):.4f}" for take in figures.values())
+                print(f"seed {seed}  {run.variant:10s}  {values}")
+        print(table(runs, figures))
 
 
 if __name__ == "__main__":

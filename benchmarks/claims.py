@@ -195,22 +195,40 @@ CLAIMS: dict[str, tuple[Callable[[Runs], str], ...]] = {
 }
 
 
+def setting(runs: Runs) -> str:
+    """What all runs of a notebook have in common."""
+    cfg = next(iter(runs.values()))[0].cfg
+    model = cfg.model
+    return (
+        f"{cfg.run.total_tokens / 1e6:.1f}M tokens in rows of {cfg.data.seq_len}, "
+        f"{model.n_moe_layers} MoE layers of {model.dim} features with {model.n_experts} experts, "
+        f"of which {model.top_k} serve a token."
+    )
+
+
+def machine() -> str:
+    """The processor that writes this, which is taken for the one that trained."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{len(names)} cores of {names[0].partition(': ')[2]}" if names else "an unknown CPU"
+
+
 def main(argv: list[str]) -> None:
     del argv
+    everything = {name: found(Path(_RUNS.value) / name) for name in CLAIMS}
     lines = [
         "# The report's claims, on small models",
         "",
-        f"Written by `python -m benchmarks.claims` on {datetime.date.today()}, two shared cores.",
-        "`v3_ablation`: 1M tokens, 16 experts of which 4 serve a token, 2 MoE layers. ± is half of",
-        "the two-sided 95% interval over seeds. What does not hold on so small a model may hold on",
-        "a large one.",
+        f"Written by `python -m benchmarks.claims` on {datetime.date.today()}, {machine()}.",
+        *(f"`{notebook}`: {setting(runs)}" for notebook, runs in everything.items()),
+        "± is half of the two-sided 95% interval over seeds. What does not hold on so small a",
+        "model may hold on a large one.",
         "",
         _HEAD,
         "|---|---|---|---|---|---|",
     ]
     for notebook, claims in CLAIMS.items():
-        runs = found(Path(_RUNS.value) / notebook)
-        lines += [claim(runs) for claim in claims]
+        lines += [claim(everything[notebook]) for claim in claims]
     _OUT.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(_OUT.read_text(encoding="utf-8"))
 

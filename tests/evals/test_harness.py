@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the extra eval: lm-eval")
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
 from v3jax.decode import Engine
 from v3jax.evals import harness
@@ -49,20 +50,37 @@ def test_scores_are_those_of_the_harness_own_class(loaded: Loaded) -> None:
 
 
 @pytest.mark.parametrize("n_options", [2, 4])
-def test_a_random_model_chooses_at_chance(loaded: Loaded, n_options: int) -> None:
-    # 400 questions whose options are letters in an order that says nothing
-    requests = [
-        (f"{n * n} or {n + 7}", f" {'abcd'[(n + i) % 4]}{i}")
+def test_a_random_model_chooses_at_chance(loaded: Loaded, n_options: int, tmp_path: Path) -> None:
+    records = [
+        {
+            "text": f"{n * n} or {n + 7}",
+            "options": [f"{'abcd'[(n + i) % 4]}{i}" for i in range(n_options)],
+            "answer": (7 * n + n // 3) % n_options,  # an order that says nothing
+        }
         for n in range(400)
-        for i in range(n_options)
     ]
-    got = [score[0] for score in model(loaded).loglikelihood(asked("loglikelihood", *requests))]
-    by_question = [got[i : i + n_options] for i in range(0, len(got), n_options)]
-    right = [(7 * n + n // 3) % n_options for n in range(400)]
-    hits = sum(s.index(max(s)) == r for s, r in zip(by_question, right, strict=True))
-    chance = 400 / n_options
-    deviation = (400 * (1 - 1 / n_options) / n_options) ** 0.5
-    assert abs(hits - chance) < 3 * deviation
+    data = tmp_path / "random.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    task = {
+        "task": "random",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "options",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "random.yaml").write_text(json.dumps(task))  # JSON is YAML
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["random"])
+    found, samples = harness.run(model(loaded), tasks)
+    assert len(samples) == 400
+    result = found["results"]["random"]
+    assert result["acc_stderr,none"] == pytest.approx(
+        (1 / n_options * (1 - 1 / n_options) / 400) ** 0.5, rel=0.1
+    )
+    assert abs(result["acc,none"] - 1 / n_options) < 1.96 * result["acc_stderr,none"]
 
 
 def test_texts_are_the_engines_up_to_the_first_stop(loaded: Loaded) -> None:
