@@ -332,7 +332,7 @@ def simulate(
       ValueError: ranks wait for one another for ever.
     """
     duration = {"F": f, "B": b, "I": b - w, "W": w, "FB": fb}
-    done: dict[tuple[str, Place, int], float] = {}
+    done: dict[Result, float] = {}
     clock_R, at_R = [0.0] * schedule.n_ranks, [0] * schedule.n_ranks
     spans: list[Span] = []
     while True:
@@ -340,14 +340,14 @@ def simulate(
         for r, instructions in enumerate(schedule.instructions):
             while at_R[r] < len(instructions):
                 instruction = instructions[at_R[r]]
-                needs = [need for op in instruction for need in _needs(schedule, r, op)]
-                if any(need not in done for need in needs):
+                wanted = [need for op in instruction for need in needs(schedule, r, op)]
+                if any(need not in done for need in wanted):
                     break
-                ready = [done[n] + (latency if n[1].rank != r else 0.0) for n in needs]
+                ready = [done[n] + (latency if n[1].rank != r else 0.0) for n in wanted]
                 start = max([clock_R[r], *ready])
                 end = start + duration["".join(op.kind for op in instruction)]
                 for op in instruction:
-                    done[_result(op.kind), Place(r, op.chunk), op.micro] = end
+                    done[result(r, op)] = end
                 spans.append(Span(r, start, end, instruction))
                 clock_R[r], at_R[r] = end, at_R[r] + 1
         if len(spans) == before:
@@ -366,12 +366,17 @@ def simulate(
     )
 
 
-def _result(kind: Kind) -> str:
-    """What others wait for: an output, an input's gradient, or nobody for a weight's."""
-    return {"F": "output", "B": "gradient", "I": "gradient", "W": "weights"}[kind]
+Result = tuple[str, Place, int]
+"""What an operation leaves: `output`, an input's `gradient` or `weights`, where, of which micro."""
 
 
-def _needs(schedule: Schedule, rank: int, op: Op) -> Iterator[tuple[str, Place, int]]:
+def result(rank: int, op: Op) -> Result:
+    """What an operation leaves for others; nobody waits for a weight's gradient."""
+    kind = {"F": "output", "B": "gradient", "I": "gradient", "W": "weights"}[op.kind]
+    return kind, Place(rank, op.chunk), op.micro
+
+
+def needs(schedule: Schedule, rank: int, op: Op) -> Iterator[Result]:
     """Results that an operation waits for."""
     place = Place(rank, op.chunk)
     if op.kind == "W":

@@ -1,0 +1,77 @@
+"""Schedules in lockstep: nothing lost, nothing early, and what the ranks wait for one another."""
+
+from typing import Any
+
+import pytest
+
+from v3jax.pipeline import schedule as sched
+from v3jax.pipeline.schedule import SCHEDULES, Place, Schedule, needs, reported_bubble, result
+from v3jax.pipeline.ticks import lockstep
+
+SIZES = [(2, 4), (4, 8), (4, 30), (6, 12), (8, 16), (8, 20), (8, 40), (16, 32), (16, 120)]
+
+
+def made(name: str, stages: int, n_micro: int) -> Schedule:
+    return SCHEDULES[name](stages // 2 if name == "dualpipev" else stages, n_micro)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("stages", "n_micro"), [(4, 8), (8, 20)])
+def test_ticks_hold_every_operation_once_after_what_it_needs(
+    name: str, stages: int, n_micro: int, pairs: bool
+) -> None:
+    schedule = made(name, stages, n_micro)
+    ticks = lockstep(schedule, pairs=pairs)
+    when: dict[Any, tuple[int, int]] = {}
+    for s, row in enumerate(ticks.rows):
+        for r, some in enumerate(row):
+            for i, op in enumerate(some):
+                assert result(r, op) not in when
+                for need in needs(schedule, r, op):
+                    # On the rank itself what a tick has just computed is there; elsewhere the next
+                    # tick has it.
+                    assert when[need] < ((s, i) if need[1].rank == r else (s, 0))
+                when[result(r, op)] = s, i
+    wanted = {
+        (kind, place, micro)
+        for direction, path in enumerate(schedule.paths)
+        for place in path
+        for micro in schedule.micros(direction)
+        for kind in ("output", "gradient", "weights")
+    }
+    assert set(when) == wanted
+    assert isinstance(next(iter(when))[1], Place)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
+@pytest.mark.parametrize(("stages", "n_micro"), SIZES)
+def test_lockstep_costs_no_more_than_the_reports_bubble(
+    name: str, stages: int, n_micro: int
+) -> None:
+    """Less even: outputs do not wait for the rest of a pair, nor gradients for the weights'."""
+    schedule = made(name, stages, n_micro)
+    ticks = lockstep(schedule)
+    share = {"1f1b": 2 / 3, "zb1p": 1.0, "dualpipe": 0.5, "dualpipev": 0.5}[name]
+    assert ticks.bubble() == share * reported_bubble(schedule)
+    assert ticks.bubble() == lockstep(schedule, pairs=False).bubble()
+    assert max(ticks.peak_live()) <= sched.reported_peak(schedule)
+
+
+@pytest.mark.parametrize(
+    ("stages", "n_micro", "pairs"), [(4, 16, 11), (8, 20, 5), (8, 40, 20), (16, 120, 68)]
+)
+def test_the_bulk_of_dualpipe_runs_in_pairs(stages: int, n_micro: int, pairs: int) -> None:
+    ticks = lockstep(sched.dualpipe(stages, n_micro))
+    assert ticks.n_pairs == pairs
+    saved = ticks.makespan() - ticks.makespan(fb=2.5)
+    assert saved == pytest.approx(0.5 * pairs)
+
+
+def test_ranks_that_wait_for_one_another_are_found() -> None:
+    good = sched.dualpipe(4, 8)
+    first = list(good.instructions[0])
+    first.insert(0, first.pop(3))
+    stuck = Schedule(good.name, good.n_micro, good.paths, (tuple(first), *good.instructions[1:]))
+    with pytest.raises(ValueError, match="schedule dualpipe: no rank can go on at tick"):
+        lockstep(stuck)

@@ -1,0 +1,111 @@
+"""Schedules in lockstep: what a program does whose ranks exchange messages at common times.
+
+A compiled SPMD program moves messages in collectives that all ranks take part in, so a rank whose
+neighbour is in the middle of something waits for it. Taken as they are, DualPipe's pairs, three
+units long beside single units, double its bubble. Here a tick is one operation, backwards and pairs
+in their parts, one after the other: no rank waits for a longer one, an output travels before the
+rest of its pair, and the bubble is smaller than that of the undivided schedule. Where the next
+three operations of all ranks are a forward and the parts of a backward, they run in one tick, in
+which they can overlap. Dims: R ranks, S ticks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from v3jax.pipeline.schedule import Instruction, Op, Result, Schedule, needs, result
+
+
+@dataclass(frozen=True)
+class Ticks:
+    """A schedule's operations by tick. What a tick computes is on other ranks in the next one."""
+
+    schedule: Schedule
+    rows: tuple[tuple[Instruction, ...], ...]
+    """`[S][R]`: nothing, one operation, or on all ranks three, `F`, `I` and `W` in some order."""
+
+    @property
+    def n_pairs(self) -> int:
+        """Ticks in which all ranks run a forward beside a backward."""
+        return sum(_are_pair(row[0]) for row in self.rows)
+
+    def makespan(self, *, f: float = 1.0, b: float = 2.0, w: float = 1.0, fb: float = 3.0) -> float:
+        """Time of the step if a tick is as long as its longest operation; see `simulate`."""
+        duration = {"": 0.0, "F": f, "I": b - w, "W": w}
+        return sum(
+            fb if _are_pair(row[0]) else max(duration[_kinds(some)] for some in row)
+            for row in self.rows
+        )
+
+    def bubble(self, *, f: float = 1.0, b: float = 2.0, w: float = 1.0, fb: float = 3.0) -> float:
+        """What of the makespan a rank does not need for its own work, taken as the schedule has it:
+        pairs that overlap and others that do not."""
+        duration = {"F": f, "B": b, "I": b - w, "W": w, "FB": fb}
+        own = max(sum(duration[_kinds(i)] for i in some) for some in self.schedule.instructions)
+        return self.makespan(f=f, b=b, w=w, fb=fb) - own
+
+    def peak_live(self) -> tuple[int, ...]:
+        """The most chunks whose activations each rank holds, from forward to weight gradient."""
+        peaks = []
+        for r in range(self.schedule.n_ranks):
+            live = peak = 0
+            for op in (op for row in self.rows for op in row[r]):
+                live += op.kind == "F"
+                peak = max(peak, live)
+                live -= op.kind == "W"
+            peaks.append(peak)
+        return tuple(peaks)
+
+
+def lockstep(schedule: Schedule, *, pairs: bool = True) -> Ticks:
+    """The schedule's operations, each as early as its rank's order and its messages allow.
+
+    Args:
+      pairs: three operations in a tick where that suits all ranks.
+
+    Raises:
+      ValueError: ranks wait for one another for ever.
+    """
+    todo = [[op for i in some for op in _parts(i)] for some in schedule.instructions]
+    at_R = [0] * schedule.n_ranks
+    done: set[Result] = set()
+    rows: list[tuple[Instruction, ...]] = []
+    while any(at < len(ops) for at, ops in zip(at_R, todo, strict=True)):
+        row = [
+            _possible(schedule, r, ops[at : at + 3], done)
+            for r, (at, ops) in enumerate(zip(at_R, todo, strict=True))
+        ]
+        if not (pairs and all(map(_are_pair, row))):
+            row = [some[:1] for some in row]
+        if not any(row):
+            raise ValueError(f"schedule {schedule.name}: no rank can go on at tick {len(rows)}")
+        for r, some in enumerate(row):
+            at_R[r] += len(some)
+            done |= {result(r, op) for op in some}
+        rows.append(tuple(row))
+    return Ticks(schedule, tuple(rows))
+
+
+def _parts(instruction: Instruction) -> tuple[Op, ...]:
+    """Single operations. A pair's backward comes first: the rank before waits for it longer."""
+    *forwards, last = instruction
+    if last.kind != "B":
+        return instruction
+    return (last._replace(kind="I"), last._replace(kind="W"), *forwards)
+
+
+def _possible(schedule: Schedule, rank: int, ops: Sequence[Op], done: set[Result]) -> Instruction:
+    """The operations that can run at once: after one another, with the messages that are there."""
+    own: set[Result] = set()
+    for i, op in enumerate(ops):
+        if any(need not in done and need not in own for need in needs(schedule, rank, op)):
+            return tuple(ops[:i])
+        own.add(result(rank, op))
+    return tuple(ops)
+
+
+def _are_pair(instruction: Instruction) -> bool:
+    return "".join(sorted(_kinds(instruction))) == "FIW"
+
+
+def _kinds(instruction: Instruction) -> str:
+    return "".join(op.kind for op in instruction)
