@@ -78,6 +78,33 @@ def test_a_batch_gives_what_each_prompt_gives_alone() -> None:
         np.testing.assert_allclose(alone.log_probs, of_batch.log_probs, atol=1e-5)
 
 
+@both
+def test_what_all_prompts_begin_with_is_read_once(
+    speculative: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [LONG[:300] + row[:n] for n, row in zip((8, 9, 30, 12), ROWS, strict=True)]
+    read = []
+    prefill = steps.prefill
+    monkeypatch.setattr(steps, "prefill", lambda *a: read.append(len(a[2].live_B)) or prefill(*a))
+    one = engine(speculative=speculative)
+    out, _ = one.generate(rows, max_tokens=N_TOKENS)
+    assert read == [1, 4], "a chunk of 256 tokens once, and what is left of each"
+    assert_of_whole_passes(rows, out)
+    read.clear()
+    assert one.generate([rows[0]], max_tokens=N_TOKENS)[0][0].ids == out[0].ids
+    assert read == [1, 1]
+    # The window of the last tokens is a row's own.
+    assert one._alike([LONG, LONG]) == len(LONG) - one._static.window - 1
+    assert one._alike([LONG, ROWS[0]]) <= 0
+
+
+def test_rows_beyond_the_prompts_change_nothing() -> None:
+    wanted = generate(ROWS[:3])
+    found, stats = engine().generate(ROWS[:3], max_tokens=N_TOKENS, room=ROOM, width=4)
+    assert [one.ids for one in found] == [one.ids for one in wanted]
+    assert stats.generated == 3 * N_TOKENS
+
+
 @functools.cache
 def prefilled() -> tuple[State, np.ndarray]:
     """The state after a long prompt and short ones, and the long one's hidden states."""

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 
 from v3jax.config import ModelConfig, NumericsConfig
 from v3jax.decode import sampling, steps
-from v3jax.decode.cache import new_cache, room_for
+from v3jax.decode.cache import Cache, new_cache, room_for
 from v3jax.decode.forward import prepare
 from v3jax.decode.sampling import Options
 from v3jax.decode.steps import BURST, PREFILL_CHUNK, Draws, News, State, Static
@@ -29,6 +29,7 @@ from v3jax.eplb import Placement
 from v3jax.model.layers import compute_dtype
 
 OnTokens = Callable[[int, list[int]], None]
+_LEAST_CHUNK = 32
 _PAUSE = 0.05
 """Seconds that a burst of steps should take at most, so that text keeps coming."""
 
@@ -137,6 +138,7 @@ class Engine:
         *,
         max_tokens: int,
         room: int | None = None,
+        width: int = 1,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -147,8 +149,10 @@ class Engine:
         """Continues prompts of ids by up to `max_tokens` each.
 
         Args:
-          room: the most tokens a row may have, prompt included; None for what this call needs,
-            which is rounded up to powers of two so that calls share their compiled programs.
+          room: the most tokens a row may have, prompt included; None for what this call needs.
+            That and the prompts' length are rounded up to powers of two so that calls share their
+            compiled programs. Beginnings that all prompts have in common are then read once.
+          width: the least rows to run, so that calls with fewer prompts share their programs too.
           seed: of the draws, within 0..2^32; a row's depend on it, its place and its tokens alone.
           stop: texts that end a row; the ids that spell one are kept.
           on_tokens: called with a row and its new ids as they come, some 50 ms of steps at a time.
@@ -171,9 +175,16 @@ class Engine:
         rows = [_Row(self.tokenizer, max_tokens, stop) for _ in prompts]
         stats = Stats()
         clock = time.perf_counter()
-        state = self._start(prompts, room_for(longest + max_tokens) if room is None else room)
+        chunk, start = PREFILL_CHUNK, 0
+        if room is None:
+            room = room_for(longest + max_tokens)
+            chunk = min(max(_LEAST_CHUNK, 1 << (longest - 1).bit_length()), chunk)
+            start = self._alike(prompts) // chunk * chunk
+        state = self._start(prompts, room, width)
+        if start:
+            state = self._begun(state, prompts[0], room, start, chunk)
         draws = self._draws(options, seed, state, max_tokens)
-        state, news = self._read(state, draws, longest)
+        state, news = self._read(state, draws, longest, start, chunk)
         state, _ = self._take(rows, state, news, on_tokens)
         stats.prefill_seconds = time.perf_counter() - clock
         n_steps = 1
@@ -192,10 +203,42 @@ class Engine:
         stats.new_tokens = stats.generated - len(rows)
         return [row.out for row in rows], stats
 
-    def _read(self, state: State, draws: Draws, longest: int) -> tuple[State, News]:
-        """The state after the prompts and the token behind each, and that as news of one step."""
-        for start in range(0, longest, PREFILL_CHUNK):
-            state, _ = steps.prefill(self._static, self._weights, state, jnp.int32(start))
+    def _alike(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Tokens that all prompts begin with, without those that a row must read itself: the
+        window of the last ones, and what MTP modules look ahead to."""
+        if len(prompts) == 1 or _shards_of_rows(self._static.place) > 1:
+            return 0
+        shortest = min(map(len, prompts))
+        first, *others = (np.array(prompt[:shortest]) for prompt in prompts)
+        differ = np.any(np.array(others) != first, axis=0)
+        alike = int(differ.argmax()) if differ.any() else shortest
+        return min(alike - self._static.model.mtp_depth, shortest - self._static.window - 1)
+
+    def _begun(
+        self, state: State, prompt: Sequence[int], room: int, length: int, chunk: int
+    ) -> State:
+        """The state, every row's cache holding the first `length` tokens of a prompt."""
+        one = self._start([prompt[: length + self._static.model.mtp_depth + 1]], room)
+        for start in range(0, length, chunk):
+            one, _ = steps.prefill(self._static, self._weights, one, jnp.int32(start), chunk)
+        layers = [
+            jnp.broadcast_to(mine, whole.shape)
+            for mine, whole in zip(one.cache.layers, state.cache.layers, strict=True)
+        ]
+        return replace(state, cache=Cache(tuple(layers)))
+
+    def _read(
+        self,
+        state: State,
+        draws: Draws,
+        longest: int,
+        begin: int = 0,
+        chunk: int = PREFILL_CHUNK,
+    ) -> tuple[State, News]:
+        """The state after the prompts, whose first `begin` tokens it has, and the token behind
+        each, and that as news of one step."""
+        for start in range(begin, longest, chunk):
+            state, _ = steps.prefill(self._static, self._weights, state, jnp.int32(start), chunk)
         state, news = steps.first(self._static, self._weights, state, draws)
         return state, jax.tree.map(lambda x: x[None], news)
 
@@ -223,11 +266,11 @@ class Engine:
                     )
         return max(len(prompt) for prompt in prompts)
 
-    def _start(self, prompts: Sequence[Sequence[int]], room: int) -> State:
+    def _start(self, prompts: Sequence[Sequence[int]], room: int, width: int = 1) -> State:
         """The state before prefill: prompts in place, nothing in the cache."""
         static = self._static
         shards = _shards_of_rows(static.place)
-        n_rows = -(-len(prompts) // shards) * shards
+        n_rows = -(-max(len(prompts), width) // shards) * shards
         dtype = compute_dtype(static.numerics)
         cache = new_cache(static.model, n_rows, room, dtype, mtp=static.mtp, place=static.place)
         # Prefill reads whole chunks and ahead of them; a last burst writes beyond the end.

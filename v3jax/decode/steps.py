@@ -21,6 +21,7 @@ from v3jax.decode.forward import Weights, logits, main_forward, mtp_forward
 from v3jax.decode.sampling import Options
 
 PREFILL_CHUNK = 256
+"""The most tokens of a prompt that are read at once."""
 BURST = 16
 """The most steps of one call, which spare the host's part of all but the first."""
 _DRAW, _DRAFT, _ACCEPT = 0, 1, 2  # uses of a position's random key
@@ -95,13 +96,13 @@ class Static:
         return NamedSharding(self.place.mesh, P(*self.place.spec[:1]))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def prefill(
-    static: Static, weights: Weights, state: State, start: jax.Array
+    static: Static, weights: Weights, state: State, start: jax.Array, chunk: int = PREFILL_CHUNK
 ) -> tuple[State, jax.Array]:
-    """One chunk of every prompt from `start` on; hidden states `[B, T, D]`."""
-    tokens_BT = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, PREFILL_CHUNK, axis=1)
-    positions_T = start + jnp.arange(PREFILL_CHUNK)
+    """`chunk` tokens of every prompt from `start` on; hidden states `[B, T, D]`."""
+    tokens_BT = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, chunk, axis=1)
+    positions_T = start + jnp.arange(chunk)
     known_BT = (positions_T < state.lengths_B[:, None]) & state.live_B[:, None]
     positions_BT = jnp.where(known_BT, positions_T, -1)
     parts = (static.model, static.numerics, weights)
@@ -109,16 +110,14 @@ def prefill(
     h_BTD = hidden_BTD
     for depth in range(1, static.model.mtp_depth + 1 if static.mtp else 1):
         # The last positions look ahead to what is not known yet; drafting goes over them again.
-        ahead_BT = jax.lax.dynamic_slice_in_dim(
-            state.tokens_BS, start + depth, PREFILL_CHUNK, axis=1
-        )
+        ahead_BT = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start + depth, chunk, axis=1)
         h_BTD, cache = mtp_forward(
             *parts, cache, depth, h_BTD, ahead_BT, positions_BT, absorbed=False
         )
     # Keep the hidden states of the last W positions of each prompt, wherever their chunk is.
     wanted_BW = state.lengths_B[:, None] - static.window + jnp.arange(static.window)
-    inside_BW = (wanted_BW >= start) & (wanted_BW < start + PREFILL_CHUNK)
-    at_BW = jnp.clip(wanted_BW - start, 0, PREFILL_CHUNK - 1)
+    inside_BW = (wanted_BW >= start) & (wanted_BW < start + chunk)
+    at_BW = jnp.clip(wanted_BW - start, 0, chunk - 1)
     found_BWD = jnp.take_along_axis(hidden_BTD, at_BW[..., None], axis=1)
     window_BWD = jnp.where(inside_BW[..., None], found_BWD, state.window_BWD)
     return _placed(static, replace(state, cache=cache, window_BWD=window_BWD)), hidden_BTD

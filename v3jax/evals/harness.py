@@ -22,8 +22,8 @@ from v3jax.decode import Engine
 from v3jax.evals.scoring import Score, Scorer
 from v3jax.models import Loaded
 
-_ROWS = 16
-"""Prompts continued side by side."""
+_ROWS = 32
+"""The most prompts continued side by side."""
 _SEED = 1234  # of the examples that the harness's own tasks draw, its default
 _NEW_TOKENS = 256
 """The most tokens of a text where a task names no number."""
@@ -172,14 +172,18 @@ class Model(TemplateLM):
         for (options, repeat), numbers in groups.items():
             prompts = {i: self.tok_encode(_text_and_options(requests[i])[0]) for i in numbers}
             numbers.sort(key=lambda i: -len(prompts[i]))
-            for start in range(0, len(numbers), _ROWS):
-                batch = numbers[start : start + _ROWS]
-                texts = self._texts([prompts[i] for i in batch], json.loads(options), repeat)
+            # Batches alike: programs are compiled for a number of rows.
+            width = -(-len(numbers) // -(-len(numbers) // _ROWS))
+            for start in range(0, len(numbers), width):
+                batch = numbers[start : start + width]
+                texts = self._texts([prompts[i] for i in batch], json.loads(options), repeat, width)
                 for i, text in zip(batch, texts, strict=True):
                     self._answers.put(keys[i], text)
         return [self._answers.get(key) for key in keys]
 
-    def _texts(self, prompts: Sequence[list[int]], options: dict[str, Any], seed: int) -> list[str]:
+    def _texts(
+        self, prompts: Sequence[list[int]], options: dict[str, Any], seed: int, width: int
+    ) -> list[str]:
         """Continuations up to the first text of `until`; a sampled one depends on its place."""
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else [text for text in until if text]
@@ -197,6 +201,7 @@ class Model(TemplateLM):
         rows, _ = self._engine.generate(
             [prompt[-room:] or [self.prefix_token_id] for prompt in prompts],
             max_tokens=length,
+            width=width,
             temperature=float(options.get("temperature", 0.0)) if sampled else 0.0,
             top_p=float(options.get("top_p", 1.0)),
             top_k=int(options.get("top_k", 0)),
