@@ -1,4 +1,4 @@
-"""Pictures of ablations show the runs' own numbers."""
+"""Pictures show the numbers of the runs and schedules they are given."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,7 @@ from v3jax.evals.by_source import SourceFigures
 
 pytest.importorskip("matplotlib", reason="needs the extra notebooks: matplotlib")
 from v3jax import plots
+from v3jax.pipeline.schedule import dualpipe, simulate
 
 
 @pytest.fixture
@@ -86,3 +87,19 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"pip install .*\[notebooks\]"):
         plots._pyplot()
+
+
+def test_a_gantt_chart_has_every_operation_in_its_place() -> None:
+    schedule = dualpipe(4, 8)
+    axes: Any = plots.gantt(schedule).axes[0]
+    spans = simulate(schedule).spans
+    boxes = [c.get_paths()[0].get_extents() for c in axes.collections]
+    ops = [(span, op) for span in spans for op in span.instruction]
+    assert len(boxes) == len(ops) == len(axes.texts)
+    for box, text, (span, op) in zip(boxes, axes.texts, ops, strict=True):
+        assert (box.x0, box.x1) == (span.start, span.end)
+        assert round((box.y0 + box.y1) / 2) == span.rank
+        assert text.get_text() == str(op.micro)
+    assert axes.get_ylim() == (3.5, -0.5), "rank 0 on top"
+    names = [t.get_text() for t in axes.get_legend().get_texts()]
+    assert names == ["forward", "backward", "for the input", "for the weights"]

@@ -1,6 +1,6 @@
-"""Pictures of ablations, with their uncertainty (extra `notebooks`).
+"""Pictures of ablations, with their uncertainty, and of schedules (extra `notebooks`).
 
-Every function takes runs as `ablation.ablate` returns them and gives a matplotlib figure. A line is
+Most functions take runs as `ablation.ablate` returns them; all give a matplotlib figure. A line is
 the mean over seeds, the band around it the two-sided 95% interval of that mean by Student's t.
 Dims: S steps, E experts, D sources, N runs of a variant.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from v3jax.ablation import Figure, Run, by_variant, estimate
+from v3jax.pipeline.schedule import Schedule, Simulation, simulate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,6 +104,57 @@ def load_by_source(runs: Runs, *, layer: int = 0, seed: int = 0) -> "Picture":
     for axes in grid[1:]:
         axes.set_yticklabels([])
     _key(picture, image, grid, "load / mean")
+    return picture
+
+
+_COLOURS = {  # of a rank's two chunks
+    "F": ("#fbd7a5", "#f0a13c"),
+    "B": ("#9fd49b", "#5aa655"),
+    "I": ("#d3ecce", "#a8d59f"),
+    "W": ("#b5cdec", "#7ba3d6"),
+}
+_KINDS = {"F": "forward", "B": "backward", "I": "for the input", "W": "for the weights"}
+
+
+def gantt(schedule: Schedule, simulation: Simulation | None = None) -> "Picture":
+    """A pipeline schedule over time, a line a rank (report section 3.2.1, figure 5).
+
+    Numbers are micro-batches; a rank's second chunk is darker; a pair that overlaps is one box of
+    two halves.
+
+    Args:
+      simulation: of this schedule; of durations 1, 2, 1 and 3 if not given.
+    """
+    simulation = simulation or simulate(schedule)
+    n_boxes = simulation.makespan * schedule.n_ranks
+    picture, axes = _picture(min(0.2 * simulation.makespan + 1.5, 24), 0.4 * schedule.n_ranks + 1)
+    for span in simulation.spans:
+        height = 0.9 / len(span.instruction)
+        for i, op in enumerate(span.instruction):
+            bottom = span.rank - 0.45 + i * height
+            axes.broken_barh(
+                [(span.start, span.end - span.start)],
+                (bottom, height),
+                facecolors=_COLOURS[op.kind][min(op.chunk, 1)],
+                edgecolors="black",
+                linewidth=0.4,
+            )
+            if n_boxes < 2000:  # numbers of more would be too small to read
+                middle = (span.start + span.end) / 2, bottom + height / 2
+                axes.text(*middle, str(op.micro), ha="center", va="center", fontsize=6)
+    used = {op.kind for span in simulation.spans for op in span.instruction}
+    keys = [
+        axes.bar(0, 0, color=_COLOURS[kind][0], label=_KINDS[kind])
+        for kind in "FBIW"
+        if kind in used
+    ]
+    axes.legend(
+        handles=keys, fontsize="x-small", ncols=len(keys), loc="lower right", bbox_to_anchor=(1, 1)
+    )
+    axes.set(xlabel="time, in forwards of a chunk", ylabel="rank", xlim=(0, simulation.makespan))
+    axes.set_yticks(range(schedule.n_ranks))
+    axes.set_ylim(schedule.n_ranks - 0.5, -0.5)
+    axes.set_title(schedule.name, loc="left", fontsize="medium")
     return picture
 
 
