@@ -212,7 +212,8 @@ class Engine:
         first, *others = (np.array(prompt[:shortest]) for prompt in prompts)
         differ = np.any(np.array(others) != first, axis=0)
         alike = int(differ.argmax()) if differ.any() else shortest
-        return min(alike - self._static.model.mtp_depth, shortest - self._static.window - 1)
+        alike = min(alike - self._static.model.mtp_depth, shortest - self._static.window - 1)
+        return max(alike, 0)
 
     def _begun(
         self, state: State, prompt: Sequence[int], room: int, length: int, chunk: int

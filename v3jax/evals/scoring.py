@@ -22,7 +22,7 @@ from v3jax.model.transformer import Transformer, head_logits
 from v3jax.ops.attention import Tree
 from v3jax.sharding import ShardingRules
 
-_LENGTHS = (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+_LENGTHS = (256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096)
 """Of rows that hold trees; the last is also how many tokens a batch has."""
 _WORTH = 16
 """Requests that share fewer tokens at their beginnings need not share a row."""
@@ -144,7 +144,7 @@ class Scorer:
         for length in (length for length in _LENGTHS if length >= longest):
             trees = _trees(paths, length)
             rows = best_fit([tree.size for tree in trees], length)
-            met = model.n_layers * model.n_heads * head_dims * length / 2
+            met = model.n_layers * model.n_heads * head_dims * length  # softmax counted as much
             work = len(rows) * length * (products + met)
             if best is None or work < best[0]:
                 best = work, length, [[trees[i] for i in row] for row in rows]
