@@ -1,6 +1,7 @@
 """The README speaks of code that exists: its map, its tree, its flags and its first command."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -52,6 +53,20 @@ def test_tables_of_compiled_steps_are_those_of_the_kept_results(readme: str, rep
     assert len(tables) == 4
     for table in tables:
         assert table in readme
+
+
+def test_evaluation_figures_are_those_of_the_kept_results(readme: str, repo: Path) -> None:
+    kept = json.loads((repo / "benchmarks" / "results" / "evaluation.json").read_text())
+    (row,) = (line for line in readme.splitlines() if line.endswith("| `evaluation` |"))
+    said = dict(re.findall(r"(choice|examples|documents|texts) ([\d.]+)", row))
+    ratios = {one["task"]: f"{one['ratio']:.2f}" for one in kept["tasks"]}
+    assert said == {
+        "choice": ratios["choice"],
+        "examples": ratios["few_shot"],
+        "documents": ratios["rolling"],
+        "texts": ratios["texts"],
+    }
+    assert f"{kept['ratio']:.2f} times as fast in all" in row
 
 
 def test_ci_runs_the_readme_test_command(readme: str, repo: Path) -> None:
