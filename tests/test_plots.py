@@ -64,6 +64,11 @@ def test_figures_stand_against_each_other_with_intervals(runs: dict[str, list[Ru
     points = [(float(c[0].get_xdata()[0]), float(c[0].get_ydata()[0])) for c in axes.containers]
     assert points == [(3.5, 3.5), (4.5, 4.5)]
     assert {text.get_text() for text in axes.texts} == {"one", "other"}
+    axes = plots.against(runs, first, first, labels=("x", "y"), beside="one").axes[0]
+    points = [(float(c[0].get_xdata()[0]), float(c[0].get_ydata()[0])) for c in axes.containers]
+    assert points == [(3.5, 0.0), (4.5, 1.0)]
+    bars = axes.containers[1][2][1].get_paths()[0].vertices
+    np.testing.assert_allclose(bars[:, 1], 1.0)  # the same difference on every seed
 
 
 def test_bars_are_the_variants_means(runs: dict[str, list[Run]]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from v3jax.ablation import Figure, Run, by_variant, estimate
+from v3jax.ablation import Figure, Run, by_variant, difference, estimate
 from v3jax.pipeline.schedule import Schedule, Simulation, simulate
 
 if TYPE_CHECKING:
@@ -41,10 +41,27 @@ def curves(
     return picture
 
 
-def against(runs: Runs, x: Figure, y: Figure, *, labels: tuple[str, str]) -> "Picture":
-    """Two figures of each variant, each with its interval."""
+def against(
+    runs: Runs,
+    x: Figure,
+    y: Figure,
+    *,
+    labels: tuple[str, str],
+    beside: str | None = None,
+    log: bool = False,
+) -> "Picture":
+    """Two figures of each variant, each with its interval.
+
+    Args:
+      beside: a variant whose `y` is taken off the others', seed by seed: what they owe to a seed
+        drops out, and intervals are those of the differences.
+      log: a logarithmic axis for `x`.
+    """
     picture, axes = _picture(8, 5)
     across, up = by_variant(runs, x), by_variant(runs, y)
+    if beside is not None:
+        up = {name: difference(runs, y, name, beside) for name in runs}
+        axes.axhline(0, color="grey", linewidth=0.8)
     for name in runs:
         a, b = across[name], up[name]
         axes.errorbar(
@@ -53,7 +70,7 @@ def against(runs: Runs, x: Figure, y: Figure, *, labels: tuple[str, str]) -> "Pi
         axes.annotate(
             name, (a.mean, b.mean), (5, 5), textcoords="offset points", fontsize="x-small"
         )
-    axes.set(xlabel=labels[0], ylabel=labels[1])
+    axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if log else "linear")
     return picture
 
 
