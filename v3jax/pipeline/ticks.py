@@ -56,16 +56,30 @@ class Ticks:
         return tuple(peaks)
 
 
-def lockstep(schedule: Schedule, *, pairs: bool = True) -> Ticks:
+def lockstep(
+    schedule: Schedule, *, f: float = 1.0, b: float = 2.0, w: float = 1.0, fb: float = 3.0
+) -> Ticks:
     """The schedule's operations, each as early as its rank's order and its messages allow.
 
-    Args:
-      pairs: three operations in a tick where that suits all ranks.
+    Pairs run in one tick where all ranks are at one. Ranks at the beginning of one wait for those
+    in the middle of one, two ticks at most, if that makes the step shorter with these durations,
+    which are those of `simulate`: an overlap has to pay for it.
 
     Raises:
       ValueError: ranks wait for one another for ever.
     """
-    todo = [[op for i in some for op in _parts(i)] for some in schedule.instructions]
+    tried = [_lockstep(schedule, patient=patient) for patient in (False, True)]
+    return min(tried, key=lambda ticks: ticks.makespan(f=f, b=b, w=w, fb=fb))
+
+
+def _lockstep(schedule: Schedule, *, patient: bool) -> Ticks:
+    parts = [[_parts(i) for i in some] for some in schedule.instructions]
+    todo = [[op for some in of_rank for op in some] for of_rank in parts]
+    # How far into a pair each operation is; -1 outside of one.
+    depth = [
+        [i if len(some) == 3 else -1 for some in of_rank for i in range(len(some))]
+        for of_rank in parts
+    ]
     at_R = [0] * schedule.n_ranks
     done: set[Result] = set()
     rows: list[tuple[Instruction, ...]] = []
@@ -74,8 +88,11 @@ def lockstep(schedule: Schedule, *, pairs: bool = True) -> Ticks:
             _possible(schedule, r, ops[at : at + 3], done)
             for r, (at, ops) in enumerate(zip(at_R, todo, strict=True))
         ]
-        if not (pairs and all(map(_are_pair, row))):
+        if not all(map(_are_pair, row)):
             row = [some[:1] for some in row]
+            inside = [d[at] if at < len(d) else -1 for d, at in zip(depth, at_R, strict=True)]
+            if patient and min(inside) == 0 and max(inside) > 0:
+                row = [some if i > 0 else () for some, i in zip(row, inside, strict=True)]
         if not any(row):
             raise ValueError(f"schedule {schedule.name}: no rank can go on at tick {len(rows)}")
         for r, some in enumerate(row):
@@ -104,7 +121,9 @@ def _possible(schedule: Schedule, rank: int, ops: Sequence[Op], done: set[Result
 
 
 def _are_pair(instruction: Instruction) -> bool:
-    return "".join(sorted(_kinds(instruction))) == "FIW"
+    """Whether these are a forward and the parts of a backward of something else."""
+    by_kind = {op.kind: op for op in instruction}
+    return sorted(by_kind) == ["F", "I", "W"] and by_kind["F"][1:] != by_kind["I"][1:]
 
 
 def _kinds(instruction: Instruction) -> str:
