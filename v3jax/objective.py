@@ -124,14 +124,8 @@ def loss(
     `sink` is as in `Transformer`.
     """
     out = forward(cfg, params, router_state, tokens_BS, segments_BS, rules, sink)
-    targets_BT = tokens_BS[:, 1:]
-    mask_BT = target_mask(segments_BS, isolate_documents=cfg.data.isolate_documents)
     depth = len(out.mtp_hidden)
-    targets, weights = [targets_BT], [mask_BT / scale.n_targets]
-    for k in range(1, depth + 1):
-        targets.append(jnp.roll(targets_BT, -k, axis=1))
-        weights.append(_mtp_mask(segments_BS, k, cfg.data.isolate_documents) / scale.n_targets)
-    factors = [jnp.ones(())] + [scale.mtp_weight / depth] * depth
+    targets, weights, factors = targets_of(cfg, tokens_BS, segments_BS, scale)
     total, nll = linear_cross_entropy(
         jnp.concatenate([out.hidden_BTD, *out.mtp_hidden], axis=1),
         head_weight(cfg.model, cfg.numerics, params, rules or rules_of(cfg)),
@@ -156,6 +150,19 @@ def loss(
         dropped=exchange.dropped.sum(),
     )
     return total + balance, parts
+
+
+def targets_of(
+    cfg: ExperimentConfig, tokens_BS: jax.Array, segments_BS: jax.Array, scale: Scale
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+    """Of the main model and each MTP module: targets and their shares `[B, T]`, and a factor."""
+    targets_BT, depth = tokens_BS[:, 1:], cfg.model.mtp_depth
+    mask_BT = target_mask(segments_BS, isolate_documents=cfg.data.isolate_documents)
+    targets, weights = [targets_BT], [mask_BT / scale.n_targets]
+    for k in range(1, depth + 1):
+        targets.append(jnp.roll(targets_BT, -k, axis=1))
+        weights.append(_mtp_mask(segments_BS, k, cfg.data.isolate_documents) / scale.n_targets)
+    return targets, weights, [jnp.ones(())] + [scale.mtp_weight / max(depth, 1)] * depth
 
 
 def _mean(x_L: jax.Array) -> jax.Array:

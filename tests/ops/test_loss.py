@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from tests.reference.loss import nll as reference_nll
+from v3jax.config import MeshConfig
 from v3jax.ops import loss as ops
+from v3jax.sharding import make_mesh
 
 
 def draw(b: int, t: int, d: int = 6, v: int = 11) -> tuple[jax.Array, ...]:
@@ -78,3 +81,25 @@ def test_logits_are_fp32_whatever_the_activations_are() -> None:
     np.testing.assert_allclose(
         ops.logits(hidden, head), jnp.einsum("btd,dv->btv", hidden, head), atol=1e-5
     )
+
+
+def test_a_vocabulary_split_over_devices_gives_the_same() -> None:
+    hidden, head, targets, weights = draw(2, 12, v=16)
+    mesh = make_mesh(MeshConfig(pipe=4))
+    run = jax.jit(
+        jax.shard_map(
+            lambda *a: ops.split_head_gradients(*a, "pipe"),
+            mesh=mesh,
+            in_specs=(P(), P(None, "pipe"), P(), P()),
+            out_specs=(P(), P(), P(), P(None, "pipe")),
+            check_vma=False,
+        )
+    )
+    loss, nll, dhidden, dhead = run(hidden, head, targets, weights)
+    (wanted, wanted_nll), grads = jax.value_and_grad(
+        ops.linear_cross_entropy, argnums=(0, 1), has_aux=True
+    )(hidden, head, targets, weights)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    np.testing.assert_allclose(nll, wanted_nll, rtol=1e-5)
+    for g, w in zip((dhidden, dhead), grads, strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-6)

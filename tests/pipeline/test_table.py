@@ -34,31 +34,26 @@ class Machine:
         return int(self.table.ranks[name][tick, rank])
 
     def run(self) -> None:
-        losses: dict[int, Any] = {}
         for tick in range(self.table.n_ticks):
-            self.arrive(tick, losses)
+            self.arrive(tick)
             sent: dict[tuple[int, str], Any] = {}
-            losses = {}
-            ends = {"enter": [], "loss": [], "leave": []}
+            ends = {"enter": [], "loss": [], "back": [], "leave": []}
             for rank in range(self.schedule.n_ranks):
-                self.tick(tick, rank, sent, losses, ends)
+                self.tick(tick, rank, sent, ends)
             self.sent = sent
             for name, wanted in ends.items():
                 row = getattr(self.table, f"{name}_SD")[tick]
                 assert {(d, int(m)) for d, m in enumerate(row) if m >= 0} == set(wanted)
 
-    def arrive(self, tick: int, losses: dict[int, Any]) -> None:
+    def arrive(self, tick: int) -> None:
         for rank, slots in enumerate(self.ranks):
             for what in "xg":
                 for side, other in (("left", rank - 1), ("right", rank + 1), ("here", rank)):
                     slot = self.field(f"{what}_{side}", tick, rank)
                     if slot >= 0:
                         slots[what][slot] = self.sent[other, what]
-            slot = self.field("g_loss", tick, rank)
-            if slot >= 0:
-                slots["g"][slot] = losses[rank]
 
-    def tick(self, tick: int, rank: int, sent: Any, losses: Any, ends: Any) -> None:
+    def tick(self, tick: int, rank: int, sent: Any, ends: Any) -> None:
         slots, schedule = self.ranks[rank], self.schedule
         run = self.field("run", tick, rank)
         if run & FORWARD:
@@ -74,14 +69,19 @@ class Machine:
             slots["saved"][self.field("f_saved", tick, rank)] = (direction, stage, micro)
             if schedule.after(place) is None:
                 ends["loss"].append((direction, micro))
-                losses[rank] = ("g", direction, stage + 1, micro)
+                slots["loss"][self.field("loss", tick, rank)] = ("g", direction, stage + 1, micro)
             else:
                 sent[rank, "x"] = ("y", direction, stage, micro)
         if run & INPUTS:
             place = Place(rank, self.field("i_chunk", tick, rank))
             direction, stage = schedule.direction(place), schedule.stage(place)
             micro = self.field("i_micro", tick, rank)
-            assert slots["g"][self.field("i_g", tick, rank)] == ("g", direction, stage + 1, micro)
+            last = schedule.after(place) is None
+            kind, field = ("loss", "i_loss") if last else ("g", "i_g")
+            got = slots[kind][self.field(field, tick, rank)]
+            assert got == ("g", direction, stage + 1, micro)
+            if last:
+                ends["back"].append((direction, micro))
             name = (direction, stage, micro)
             assert slots["saved"][self.field("i_saved", tick, rank)] == name
             slots["found"][self.field("i_found", tick, rank)] = name

@@ -1,6 +1,6 @@
 """Cross-entropy of the output head without the whole logits in memory (report section 2.2).
 
-Dims: B batch, T time, C positions of a chunk, D features, V vocabulary.
+Dims: B batch, T time, C positions of a chunk, D features, V vocabulary, v a device's part of it.
 """
 
 import jax
@@ -58,12 +58,40 @@ def _unchunk(x: jax.Array) -> jax.Array:
     return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
-def _chunk_loss(
-    hidden_BCD: jax.Array, head_DV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array
+def split_head_gradients(
+    hidden_BTD: jax.Array,
+    head_Dv: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    axis: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """`(loss, nll_BT, dhidden_BTD, dhead_Dv)` of `linear_cross_entropy` where the vocabulary is
+    split over a mesh axis, inside `jax.shard_map`; all but the last are the same on all devices."""
+    inputs = (hidden_BTD, head_Dv, targets_BT, weights_BT)
+    (loss, nll_BT), (dhidden_BTD, dhead_Dv) = _fwd(*inputs, axis)
+    return loss, nll_BT, jax.lax.psum(dhidden_BTD, axis), dhead_Dv
+
+
+def _chunk_loss(
+    hidden_BCD: jax.Array,
+    head_DV: jax.Array,
+    targets_BC: jax.Array,
+    weights_BC: jax.Array,
+    axis: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """With a mesh axis, targets are numbered from this device's part of the vocabulary on."""
     logits_BCV = logits(hidden_BCD, head_DV)
-    lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    if axis is None:
+        lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    else:
+        top_BC = jax.lax.pmax(logits_BCV.max(-1), axis)
+        sums_BC = jax.lax.psum(jnp.exp(logits_BCV - top_BC[..., None]).sum(-1), axis)
+        lse_BC = top_BC + jnp.log(sums_BC)
+        here_BC = (targets_BC >= 0) & (targets_BC < head_DV.shape[1])
+        at_BC = jnp.where(here_BC, targets_BC, 0)
+        target_BC = jnp.take_along_axis(logits_BCV, at_BC[..., None], axis=-1)[..., 0]
+        target_BC = jax.lax.psum(jnp.where(here_BC, target_BC, 0), axis)
     nll_BC = lse_BC - target_BC
     return jnp.sum(jnp.where(weights_BC > 0, weights_BC * nll_BC, 0)), nll_BC, logits_BCV, lse_BC
 
@@ -72,9 +100,15 @@ _Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def _fwd(
-    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    axis: str | None = None,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     dtype = hidden_BTD.dtype
+    if axis is not None:
+        targets_BT -= jax.lax.axis_index(axis) * head_DV.shape[1]
     columns_V = jnp.arange(head_DV.shape[1])
 
     def one_chunk(
@@ -83,7 +117,7 @@ def _fwd(
         loss, dhead_DV = carry
         hidden_BCD, targets_BC, weights_BC = chunk
         chunk_loss, nll_BC, logits_BCV, lse_BC = _chunk_loss(
-            hidden_BCD, head_DV, targets_BC, weights_BC
+            hidden_BCD, head_DV, targets_BC, weights_BC, axis
         )
         p_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
         onehot_BCV = columns_V == targets_BC[..., None]

@@ -1,8 +1,9 @@
 """Ticks as arrays of numbers, which one program runs on every rank.
 
-What waits on a rank lies in numbered slots: inputs and gradients that have arrived (`x`, `g`), what
-a forward saved until its weight gradients are done (`saved`), and what an input's gradient found
-for them (`found`). Slots are used again; a rank has as many as any rank needs.
+What waits on a rank lies in numbered slots: inputs and gradients that have arrived (`x`, `g`), the
+loss's gradients on the last stage (`loss`), what a forward saved until its weight gradients are
+done (`saved`), and what an input's gradient found for them (`found`). Slots are used again; a rank
+has as many as any rank needs.
 Dims: S ticks, R ranks, D directions.
 """
 
@@ -38,7 +39,8 @@ _FIELDS = (
     "g_left",
     "g_right",
     "g_here",
-    "g_loss",  # the slot for the gradient of the loss whose forward ran in the tick before
+    "loss",  # the slot for the loss's gradients at the end of the tick of its forward
+    "i_loss",
 )
 
 
@@ -54,10 +56,12 @@ class Table:
     """The micro-batch of a direction whose first stage runs forward in a tick."""
     loss_SD: np.ndarray
     """The one whose last stage has run forward in a tick, so that its loss is due at its end."""
+    back_SD: np.ndarray
+    """The one whose last stage has found the gradient of its input."""
     leave_SD: np.ndarray
     """The one whose first stage has found the gradient of its input."""
     slots: Mapping[str, int]
-    """How many of `x`, `g`, `saved` and `found` a rank has."""
+    """How many of each a rank has."""
 
     @property
     def n_ticks(self) -> int:
@@ -95,7 +99,7 @@ def make_table(ticks: Ticks) -> Table:
     schedule, n_ticks = ticks.schedule, len(ticks.rows)
     ranks = {name: np.full((n_ticks, schedule.n_ranks), -1, np.int32) for name in _FIELDS}
     ranks["run"][:] = 0
-    ends = np.full((3, n_ticks, len(schedule.paths)), -1, np.int32)
+    ends = np.full((4, n_ticks, len(schedule.paths)), -1, np.int32)
     when = {
         (rank, op): tick
         for tick, row in enumerate(ticks.rows)
@@ -103,7 +107,8 @@ def make_table(ticks: Ticks) -> Table:
         for op in some
     }
     pools = {
-        name: [_Slots() for _ in range(schedule.n_ranks)] for name in ("x", "g", "saved", "found")
+        name: [_Slots() for _ in range(schedule.n_ranks)]
+        for name in ("x", "g", "loss", "saved", "found")
     }
     for (rank, op), tick in when.items():
         place = Place(rank, op.chunk)
@@ -126,13 +131,15 @@ def make_table(ticks: Ticks) -> Table:
                 ends[0, tick, direction] = op.micro
             if schedule.after(place) is None:
                 ends[1, tick, direction] = op.micro
-                fields = [(ranks["g_loss"], tick + 1, rank), (ranks["i_g"], inputs_tick, rank)]
-                pools["g"][rank].ask(tick + 1, inputs_tick, *fields)
+                fields = [(ranks["loss"], *at), (ranks["i_loss"], inputs_tick, rank)]
+                pools["loss"][rank].ask(tick, inputs_tick, *fields)
         else:
             fields = [(ranks["i_found"], *at), (ranks["w_found"], *weights_at)]
             pools["found"][rank].ask(tick, last, *fields)
-            if schedule.before(place) is None:
+            if schedule.after(place) is None:
                 ends[2, tick, direction] = op.micro
+            if schedule.before(place) is None:
+                ends[3, tick, direction] = op.micro
         other = schedule.after(place) if op.kind == "F" else schedule.before(place)
         if other is not None:
             _arrival(
@@ -152,7 +159,8 @@ def make_table(ticks: Ticks) -> Table:
         ranks=ranks,
         enter_SD=ends[0],
         loss_SD=ends[1],
-        leave_SD=ends[2],
+        back_SD=ends[2],
+        leave_SD=ends[3],
         slots={name: max(slots.count for slots in some) for name, some in pools.items()},
     )
 
