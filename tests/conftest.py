@@ -11,15 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.flags import xla_flags
+
 _OWN_CACHE = "V3JAX_CACHE" not in os.environ
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        *(f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f),
-        "--xla_force_host_platform_device_count=8",
-    ]
-)
+os.environ["XLA_FLAGS"] = xla_flags(8, os.environ.get("XLA_FLAGS", ""))
 if _OWN_CACHE:
     os.environ["V3JAX_CACHE"] = tempfile.mkdtemp(prefix="v3jax-tests-")
 

@@ -50,8 +50,6 @@ VARIANTS = {
 }
 ROUTINGS = ("even", "skewed", "collapsed")
 M, B = 2, 8
-# These programs run once, so what they compute is worth more than how fast.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def experiment(mesh: MeshConfig, moments: Any = "fp32", **moe: Any) -> ExperimentConfig:
@@ -95,7 +93,7 @@ def step_of(cfg: ExperimentConfig) -> Any:
         mesh, state = start(cfg, "even")
         with jax.set_mesh(mesh):
             lowered = make_train_step(cfg, mesh).lower(state, *rows(), np.int32(M))
-            return lowered.compile(compiler_options=QUICK_COMPILE)
+            return lowered.compile()
 
 
 @functools.cache

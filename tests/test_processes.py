@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests import mini
+from tests.flags import xla_flags
 from v3jax import checkpoint, processes
 from v3jax.config import MeshConfig
 from v3jax.metrics import read_rows
@@ -103,7 +104,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
         run = []
         for k in range(n):
             env = os.environ | {
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "XLA_FLAGS": xla_flags(devices),
                 "V3JAX_START_SECONDS": str(START_SECONDS),
                 "V3JAX_HEARTBEAT_SECONDS": "15",
                 "JAX_COORDINATOR_ADDRESS": address,
@@ -181,7 +182,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_process(folder: Path, devices: int, *arguments: str) -> Path:
     (folder / "experiment.py").write_text(_FILE)
     command = [f"--exp={folder / 'experiment.py'}", f"--workdir={folder / 'run'}", *arguments]
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = os.environ | {"XLA_FLAGS": xla_flags(devices)}
     done = subprocess.run(
         mini.command(*command), cwd=mini.REPO, env=env, capture_output=True, text=True, check=False
     )

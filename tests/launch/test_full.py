@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import mini
+from tests.flags import xla_flags
 from tests.launch.shell import LAUNCH, REPO, environment, run, stub, wait_for
 
 _FULL = LAUNCH / "full.sh"
@@ -99,7 +100,7 @@ def test_two_phases_train_and_the_second_starts_from_the_first(tmp_path: Path) -
     second = tmp_path / "second_phase.py"
     second.write_text((tmp_path / "mini_experiment.py").read_text())
     call = [f"--runs={tmp_path}/runs", f"--exp={tmp_path}/mini_experiment.py", f"--exp={second}"]
-    env = environment(XLA_FLAGS="")
+    env = environment(XLA_FLAGS=xla_flags())
     done = run(_FULL, *call, seconds=900, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"starting from the weights of {tmp_path}/runs/mini_experiment" in done.stdout

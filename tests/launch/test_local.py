@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import mini
+from tests.flags import xla_flags
 from tests.launch.shell import LAUNCH, REPO, environment, run, stub, wait_for
 
 _LOCAL = LAUNCH / "local.sh"
@@ -118,7 +119,7 @@ def test_gpus_are_dealt_out(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_train_one_run(tmp_path: Path) -> None:
     arguments = mini.train_command(tmp_path / "run", "--set", "mesh.data=2")[3:]
-    done = run(_LOCAL, 2, "--", *arguments, seconds=600, env=environment(XLA_FLAGS=""))
+    done = run(_LOCAL, 2, "--", *arguments, seconds=600, env=environment(XLA_FLAGS=xla_flags()))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"[0] done: {tmp_path}/run/report.html" in done.stdout
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import mini
+from tests.flags import xla_flags
 from tests.launch.cluster import Cluster, cluster
 from tests.launch.shell import LAUNCH, REPO, environment, run, stub, wait_for
 
@@ -138,7 +139,7 @@ def test_v3_tiny_trains_on_two_nodes_and_a_second_job_ends_at_once(
     workdir = tree / "runs" / "v3_tiny"
     shorter = ["run.total_tokens=2e4", "run.eval_every=0", "optim.warmup_steps=2", "mesh.data=2"]
     sets = [f"--set={change}" for change in shorter]
-    environ = {"PYTHON": mini.command()[0], "XLA_FLAGS": "", "PYTHONPATH": REPO}
+    environ = {"PYTHON": mini.command()[0], "XLA_FLAGS": xla_flags(), "PYTHONPATH": REPO}
     for start in ("step 1/", "continuing from step"):
         job = _submit(slurm, tree, "--exp=v3_tiny", f"--workdir={workdir}", *sets, **environ)
         state = _end(slurm, job, 900)
