@@ -1,5 +1,7 @@
 """The chunked head and cross-entropy. Dims: B batch, T time, D features, V vocabulary."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +90,7 @@ def test_a_vocabulary_split_over_devices_gives_the_same() -> None:
     mesh = make_mesh(MeshConfig(pipe=4))
     run = jax.jit(
         jax.shard_map(
-            lambda *a: ops.split_head_gradients(*a, "pipe"),
+            functools.partial(ops.split_head_gradients, axis="pipe"),
             mesh=mesh,
             in_specs=(P(), P(None, "pipe"), P(), P()),
             out_specs=(P(), P(), P(), P(None, "pipe")),
