@@ -198,7 +198,7 @@ CLAIMS: dict[str, tuple[Callable[[Runs], str], ...]] = {
 
 
 def setting(runs: Runs) -> str:
-    """What all runs of a notebook have in common."""
+    """Size and data of a notebook's runs, which are those of its first."""
     cfg = next(iter(runs.values()))[0].cfg
     model = cfg.model
     return (
@@ -211,7 +211,8 @@ def setting(runs: Runs) -> str:
 def machine() -> str:
     """The processor that writes this, which is taken for the one that trained."""
     info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line for line in lines if line.startswith("model name")]
     return f"{len(names)} cores of {names[0].partition(': ')[2]}" if names else "an unknown CPU"
 
 

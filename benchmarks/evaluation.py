@@ -6,10 +6,10 @@ The run is exported to Hugging Face's format in FP32. Four tasks are made of its
 which of four texts continues a beginning, the same after five examples, the likelihood of whole
 documents, and greedy texts. Both sides answer the same requests on this CPU. The `hf` class is
 timed with several batch sizes, of which the best one counts for each task; ours is timed before and
-after it, compiled before. Where nothing is shared, the same products have to be made by both: the
-last column is the ratio if ours were made at the speed of one large FP32 matrix product here, and
-all else took no time. Figures are written to results/evaluation.json. PYTHON belongs to an
-environment with `lm-eval`, `torch` and `transformers`.
+after it, compiled before. Where nothing is shared, both have to make the same products: the
+greatest possible ratio, printed with them, is the one if ours took as long as one large FP32 matrix
+product of as many FLOPs, and all else no time. Figures are written to results/evaluation.json.
+PYTHON belongs to an environment with `lm-eval`, `torch` and `transformers`.
 """
 
 import datetime

@@ -168,7 +168,7 @@ def gantt(schedule: Schedule, simulation: Simulation | None = None) -> "Picture"
     axes.legend(
         handles=keys, fontsize="x-small", ncols=len(keys), loc="lower right", bbox_to_anchor=(1, 1)
     )
-    axes.set(xlabel="time, in forwards of a chunk", ylabel="rank", xlim=(0, simulation.makespan))
+    axes.set(xlabel="time", ylabel="rank", xlim=(0, simulation.makespan))
     axes.set_yticks(range(schedule.n_ranks))
     axes.set_ylim(schedule.n_ranks - 0.5, -0.5)
     axes.set_title(schedule.name, loc="left", fontsize="medium")

@@ -100,11 +100,15 @@ def test_what_all_prompts_begin_with_is_read_once(
     assert read == [2, 2, 2], "nothing alike"
 
 
-def test_rows_beyond_the_prompts_change_nothing() -> None:
+def test_rows_beyond_the_prompts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = generate(ROWS[:3])
+    read = []
+    prefill = steps.prefill
+    monkeypatch.setattr(steps, "prefill", lambda *a: read.append(len(a[2].live_B)) or prefill(*a))
     found, stats = engine().generate(ROWS[:3], max_tokens=N_TOKENS, room=ROOM, width=4)
     assert [one.ids for one in found] == [one.ids for one in wanted]
     assert stats.generated == 3 * N_TOKENS
+    assert read == [4]
 
 
 @functools.cache

@@ -93,7 +93,7 @@ def check(variables: Any, asked: list[tuple[list[int], list[int]]], max_length: 
         assert got[number].greedy == greedy
 
 
-def test_trees_hold_no_more_than_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trees_hold_no_more_than_a_row() -> None:
     asked = [([*range(30), 100 + i], [200]) for i in range(9)]
     trees = scoring._trees(scoring._paths(asked, 64), 34)
     assert [len(tree.paths) for tree in trees] == [4, 4, 1]

@@ -117,9 +117,9 @@ class Case:
             )
             added["ends"] = jax.lax.psum(added["ends"], "pipe")
             added["layers"] = jax.tree.map(lambda a: a[None], added["layers"])
-            parts = jax.lax.psum(parts, "expert")
-            together = jax.lax.psum((parts.balance, parts.load_LE), "pipe")
-            return added, replace(parts, balance=together[0], load_LE=together[1])
+            passes = jax.lax.psum(parts.extra_passes, "pipe")  # all of a stage's devices agree
+            parts = jax.lax.psum(parts, ("pipe", "expert"))
+            return added, replace(parts, extra_passes=passes)
 
         layer_specs = jax.tree.map(lambda spec: P("pipe", *spec), specs["moe_layers"])
         ends = {k: v for k, v in specs.items() if k != "moe_layers"}
@@ -173,6 +173,10 @@ def check(case: Case) -> None:
     np.testing.assert_array_equal(parts.load_LE, expected.load_LE)
     for name in ("main", "mtp", "balance"):
         np.testing.assert_allclose(getattr(parts, name), getattr(expected, name), rtol=1e-12)
+    assert parts.dropped == expected.dropped == 0
+    if case.cfg.mesh.expert == 1:
+        assert parts.extra_passes == expected.extra_passes == 0
+        np.testing.assert_allclose(parts.overload, expected.overload, rtol=1e-6)
 
 
 MORE = pytest.mark.slow

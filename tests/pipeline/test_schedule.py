@@ -139,11 +139,11 @@ def test_messages_that_take_time_cost_what_waits_for_them() -> None:
 @pytest.mark.parametrize(
     ("name", "ranks", "n_micro", "said"),
     [
-        ("dualpipe", 3, 8, "3 ranks, must be even"),
-        ("dualpipe", 4, 9, "9 micro-batches, must be even"),
+        ("dualpipe", 3, 8, "3 ranks are odd; make them even"),
+        ("dualpipe", 4, 9, "9 micro-batches are odd"),
         ("dualpipe", 16, 24, "24 micro-batches are fewer than twice the 16 ranks"),
         ("dualpipev", 8, 12, "12 micro-batches are fewer than twice the 8 ranks"),
-        ("zb1p", 0, 4, "needs a rank"),
+        ("zb1p", 0, 4, "0 ranks and 4 micro-batches; at least one"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(name: str, ranks: int, n_micro: int, said: str) -> None:

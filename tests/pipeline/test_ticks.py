@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from v3jax.pipeline import schedule as sched
-from v3jax.pipeline.schedule import SCHEDULES, Place, Schedule, needs, reported_bubble, result
+from v3jax.pipeline.schedule import SCHEDULES, Schedule, needs, reported_bubble, result
 from v3jax.pipeline.ticks import lockstep
 
 SIZES = [(2, 4), (4, 8), (4, 30), (6, 12), (8, 16), (8, 20), (8, 40), (16, 32), (16, 120)]
@@ -41,7 +41,6 @@ def test_ticks_hold_every_operation_once_after_what_it_needs(
         for kind in ("output", "gradient", "weights")
     }
     assert set(when) == wanted
-    assert isinstance(next(iter(when))[1], Place)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
@@ -79,5 +78,5 @@ def test_ranks_that_wait_for_one_another_are_found() -> None:
     first = list(good.instructions[0])
     first.insert(0, first.pop(3))
     stuck = Schedule(good.name, good.n_micro, good.paths, (tuple(first), *good.instructions[1:]))
-    with pytest.raises(ValueError, match="schedule dualpipe: no rank can go on at tick"):
+    with pytest.raises(ValueError, match="schedule dualpipe: rank 0 waits for ever before Op"):
         lockstep(stuck)

@@ -1,10 +1,11 @@
 """Text from a model: prefill in chunks, decode over the latent cache, draft with MTP if asked.
 
 Three compiled programs serve every request: prefill of one chunk, the first token, a burst of steps
-(plain or speculative). They depend on the number of rows and the cache's room and on nothing else a
-request says. Prompts of different lengths share a batch; a row that has ended is carried along
-until all have. Greedy speculation gives plain greedy tokens; with sampling the rejection rule keeps
-the main model's distribution. Dims: B rows, T new tokens, N steps.
+(plain or speculative). They depend on the number of rows, the cache's room and the size of a chunk;
+the last two are powers of two, and a request that names its room has chunks of one size. Prompts of
+different lengths share a batch; a row that has ended is carried along until all have. Greedy
+speculation gives plain greedy tokens; with sampling the rejection rule keeps the main model's
+distribution. Dims: B rows, T new tokens, N steps.
 """
 
 import functools
@@ -180,9 +181,8 @@ class Engine:
             room = room_for(longest + max_tokens)
             chunk = min(max(_LEAST_CHUNK, 1 << (longest - 1).bit_length()), chunk)
             start = self._alike(prompts) // chunk * chunk
-        state = self._start(prompts, room, width)
-        if start:
-            state = self._begun(state, prompts[0], room, start, chunk)
+        begun = self._begun(prompts[0], room, start, chunk) if start else None
+        state = self._start(prompts, room, width, begun)
         draws = self._draws(options, seed, state, max_tokens)
         state, news = self._read(state, draws, longest, start, chunk)
         state, _ = self._take(rows, state, news, on_tokens)
@@ -215,18 +215,12 @@ class Engine:
         alike = min(alike - self._static.model.mtp_depth, shortest - self._static.window - 1)
         return max(alike, 0)
 
-    def _begun(
-        self, state: State, prompt: Sequence[int], room: int, length: int, chunk: int
-    ) -> State:
-        """The state, every row's cache holding the first `length` tokens of a prompt."""
+    def _begun(self, prompt: Sequence[int], room: int, length: int, chunk: int) -> Cache:
+        """A row's cache with the first `length` tokens of a prompt."""
         one = self._start([prompt[: length + self._static.model.mtp_depth + 1]], room)
         for start in range(0, length, chunk):
             one, _ = steps.prefill(self._static, self._weights, one, jnp.int32(start), chunk)
-        layers = [
-            jnp.broadcast_to(mine, whole.shape)
-            for mine, whole in zip(one.cache.layers, state.cache.layers, strict=True)
-        ]
-        return replace(state, cache=Cache(tuple(layers)))
+        return one.cache
 
     def _read(
         self,
@@ -267,13 +261,23 @@ class Engine:
                     )
         return max(len(prompt) for prompt in prompts)
 
-    def _start(self, prompts: Sequence[Sequence[int]], room: int, width: int = 1) -> State:
-        """The state before prefill: prompts in place, nothing in the cache."""
+    def _start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        room: int,
+        width: int = 1,
+        begun: Cache | None = None,
+    ) -> State:
+        """The state before prefill: prompts in place, in the cache nothing or what has `begun`."""
         static = self._static
         shards = _shards_of_rows(static.place)
         n_rows = -(-max(len(prompts), width) // shards) * shards
         dtype = compute_dtype(static.numerics)
-        cache = new_cache(static.model, n_rows, room, dtype, mtp=static.mtp, place=static.place)
+        if begun is None:
+            cache = new_cache(static.model, n_rows, room, dtype, mtp=static.mtp, place=static.place)
+        else:
+            rows = [jnp.broadcast_to(x, (n_rows, *x.shape[1:])) for x in begun.layers]
+            cache = Cache(tuple(rows))
         # Prefill reads whole chunks and ahead of them; a last burst writes beyond the end.
         tokens = np.zeros((n_rows, cache.room + 2 * PREFILL_CHUNK), np.int32)
         lengths = np.ones(n_rows, np.int32)

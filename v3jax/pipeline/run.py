@@ -59,7 +59,8 @@ class Program:
         segments_MBS: jax.Array,
         scale: Scale,
     ) -> None:
-        self.cfg, self.rules, self.table, self.where = cfg, rules, table, where
+        self.cfg, self.table, self.where = cfg, table, where
+        self.rules = replace(rules, storage="whole")  # weights have been gathered for the step
         self.layers_N, self.ends = layers_N, ends
         self.embed_vD, self.head_Dv = embed_vD, head_Dv
         self.router_state, self.scale = router_state, scale
@@ -146,7 +147,8 @@ class Program:
     # ---- The loop
 
     def gradients(self) -> tuple[Tree, LossParts]:
-        """This rank's gradients, as the arguments are, and its share of the loss's parts."""
+        """This rank's gradients, as the arguments are, and its share of the loss's parts; shares of
+        all ranks add up to the devices' own rows'."""
         fields = {
             name: jnp.take(jnp.asarray(array_SR), self.rank, axis=1)
             for name, array_SR in self.table.ranks.items()
@@ -189,10 +191,10 @@ class Program:
             "loss": pool(slots["loss"] + 1, hidden),
             # The inputs of the first stage and of the modules go with what the layers save.
             "saved": (
-                pool(slots["saved"] + 1, self.layer.saved, per_chunk),
-                pool(slots["saved"] + 1, {"in": x, "out": x, "ahead": row}),
+                pool(slots["saved"], self.layer.saved, per_chunk),
+                pool(slots["saved"], {"in": x, "out": x, "ahead": row}),
             ),
-            "found": pool(slots["found"] + 1, self.layer.found, per_chunk),
+            "found": pool(slots["found"], self.layer.found, per_chunk),
             "sent_x": x,
             "sent_g": x,
             "hidden": hidden,
@@ -363,10 +365,9 @@ class Program:
         def one(g_BTD: jax.Array, slot: Any) -> Any:
             place, filled, saved = slot
             params = jax.tree.map(lambda a: a[place], self.layers_N)
-            balance = jax.eval_shape(lambda: of_balance)
 
             def run(g_BTD: jax.Array) -> Any:
-                return self.layer.inputs(params, saved, (g_BTD, of_balance.astype(balance.dtype)))
+                return self.layer.inputs(params, saved, (g_BTD, of_balance))
 
             nothing = [jnp.zeros(a.shape, a.dtype) for a in self.layer.found]
             return jax.lax.cond(filled, run, lambda g: (g, nothing), g_BTD)
@@ -435,8 +436,8 @@ class Program:
                     jnp.concatenate(weighted, axis=1),
                     _AXIS,
                 )
-                nlls = [
-                    jnp.sum(jnp.where(w > 0, w * n, 0))
+                nlls = [  # on one rank, as all have the same
+                    jnp.sum(jnp.where(mine & (w > 0), w * n, 0))
                     for w, n in zip(weights, jnp.split(nll, self.depth + 1, axis=1), strict=True)
                 ]
                 of_hidden = jnp.stack(jnp.split(of_joined, self.depth + 1, axis=1))

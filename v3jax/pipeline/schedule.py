@@ -129,7 +129,7 @@ class _Rank:
 
 def gpipe(n_ranks: int, n_micro: int) -> Schedule:
     """All forwards, then all backwards."""
-    _require(n_ranks >= 1 and n_micro >= 1, "gpipe", "needs a rank and a micro-batch")
+    _some("gpipe", n_ranks, n_micro)
 
     def write(rank: _Rank, _: int) -> None:
         for _ in range(n_micro):
@@ -142,7 +142,7 @@ def gpipe(n_ranks: int, n_micro: int) -> Schedule:
 
 def one_f_one_b(n_ranks: int, n_micro: int) -> Schedule:
     """One forward, one backward, after as many forwards as there are ranks behind."""
-    _require(n_ranks >= 1 and n_micro >= 1, "1f1b", "needs a rank and a micro-batch")
+    _some("1f1b", n_ranks, n_micro)
 
     def write(rank: _Rank, r: int) -> None:
         ahead = min(n_micro, n_ranks - 1 - r)
@@ -162,7 +162,7 @@ def zb1p(n_ranks: int, n_micro: int) -> Schedule:
 
     The memory-neutral schedule of zero-bubble pipelining (arXiv 2401.10241), "ZB1P" in the report.
     """
-    _require(n_ranks >= 1 and n_micro >= 1, "zb1p", "needs a rank and a micro-batch")
+    _some("zb1p", n_ranks, n_micro)
 
     def write(rank: _Rank, r: int) -> None:
         ahead = min(n_micro, n_ranks - 1 - r)
@@ -186,8 +186,12 @@ def dualpipe(n_ranks: int, n_micro: int) -> Schedule:
     Raises:
       ValueError: ranks or micro-batches are odd, or fewer micro-batches than twice the ranks.
     """
-    _require(n_ranks % 2 == 0 and n_ranks > 0, "dualpipe", f"{n_ranks} ranks, must be even")
-    _require(n_micro % 2 == 0, "dualpipe", f"{n_micro} micro-batches, must be even")
+    other = "or take zb1p or 1f1b"
+    _require(n_ranks >= 1, "dualpipe", f"{n_ranks} ranks; at least 2 are needed")
+    _require(n_ranks % 2 == 0, "dualpipe", f"{n_ranks} ranks are odd; make them even {other}")
+    _require(
+        n_micro % 2 == 0, "dualpipe", f"{n_micro} micro-batches are odd; make them even {other}"
+    )
     _enough("dualpipe", n_ranks, n_micro)
     last, half = n_ranks - 1, n_micro // 2
     written = []
@@ -209,7 +213,7 @@ def dualpipev(n_ranks: int, n_micro: int) -> Schedule:
     Raises:
       ValueError: fewer micro-batches than twice the ranks.
     """
-    _require(n_ranks >= 1, "dualpipev", "needs a rank")
+    _some("dualpipev", n_ranks, n_micro)
     _enough("dualpipev", n_ranks, n_micro)
     written = []
     for r in range(n_ranks):
@@ -265,6 +269,14 @@ def _linear(name: str, n_ranks: int, n_micro: int, write: Callable[[_Rank, int],
 def _require(true: bool, name: str, what: str) -> None:
     if not true:
         raise ValueError(f"schedule {name}: {what}")
+
+
+def _some(name: str, n_ranks: int, n_micro: int) -> None:
+    _require(
+        min(n_ranks, n_micro) >= 1,
+        name,
+        f"{n_ranks} ranks and {n_micro} micro-batches; at least one of each is needed",
+    )
 
 
 def _enough(name: str, n_ranks: int, n_micro: int) -> None:
@@ -404,6 +416,9 @@ def _peak_live(spans: list[Span], rank: int) -> int:
     return peak
 
 
+_REPORTED = ("1f1b", "zb1p", "dualpipe", "dualpipev")
+
+
 def reported_bubble(
     schedule: Schedule, *, f: float = 1.0, b: float = 2.0, w: float = 1.0, fb: float = 3.0
 ) -> float:
@@ -422,11 +437,16 @@ def reported_bubble(
         return (schedule.n_ranks - 1) * (f + b - 2 * w)
     if schedule.name in ("dualpipe", "dualpipev"):
         return half * (fb + b - 3 * w)
-    raise ValueError(f"schedule {schedule.name}: the report states no bubble")
+    raise ValueError(f"schedule {schedule.name}: the report's table 2 does not have it")
 
 
 def reported_peak(schedule: Schedule) -> int:
-    """Chunks live on a rank at most (report, table 2): PP, with DualPipe one more."""
+    """Chunks live on a rank at most (report, table 2): PP, with DualPipe one more.
+
+    Raises:
+      ValueError: a schedule that the table does not have.
+    """
+    _require(schedule.name in _REPORTED, schedule.name, "the report's table 2 does not have it")
     return schedule.n_stages + ("dualpipe" in schedule.name)
 
 

@@ -2,8 +2,8 @@
 
 Report section 3.2.1, after zero-bubble pipelining (arXiv 2401.10241). The backward pass is traced
 once and its operations are dealt out: those that the input's gradient rests on run in the first
-half, what is left in the second. None runs twice, and nothing is stored twice: the second half
-reads what the forward pass saved, and what the first half found on its way.
+half, what is left in the second, which reads what the forward pass saved and what the first half
+found on its way. Only what depends on the weights alone, such as their reshaping, is done again.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,8 +1,8 @@
 """Which rank has which layers, and their way from storage to the ranks and back.
 
-Weights are stored without regard to stages: ZeRO splits every one of them over `pipe` as over the
-rest of a mesh (report section 3.2), so a checkpoint knows nothing of a pipeline, the optimizer has
-the same work on every rank, and no rank keeps what another computes with. Once a step each rank
+Weights are to be stored without regard to stages, split over `pipe` as over the rest of a mesh
+(ZeRO, report section 3.2): a checkpoint then knows nothing of a pipeline, the optimizer has the
+same work on every rank, and no rank keeps what another computes with. Once a step each rank
 sends its part of a layer to those that run it, in the compute type; gradients go back the same way,
 where those of a layer that two ranks run, one in each direction, are added up.
 
@@ -97,6 +97,7 @@ def to_ranks(
         x = sharding.gather(x, spec, _with(spec, dim, inner, x.ndim), rules)
     if "pipe" not in axes:
         return x[mine_N]
+    assert axes[0] == "pipe", "the outermost axis of a dimension"
     parts = jax.lax.all_to_all(x[where.flat], "pipe", split_axis=0, concat_axis=0)
     return _joined(parts, dim)
 
@@ -115,6 +116,7 @@ def from_ranks(
         whole = whole.at[mine_N].add(gradient, mode="drop")
         return sharding.add_up(sharding.reduce(whole, spec, place, rules), ("pipe",), rules)
     dim, axes = extra
+    assert axes[0] == "pipe", "the outermost axis of a dimension"
     n_ranks = jax.lax.axis_size("pipe")
     split = gradient.reshape(*shape[:dim], n_ranks, -1, *shape[dim + 1 :])
     parts = jax.lax.all_to_all(jnp.moveaxis(split, dim, 0), "pipe", split_axis=0, concat_axis=0)

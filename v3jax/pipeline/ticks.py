@@ -94,7 +94,10 @@ def _lockstep(schedule: Schedule, *, patient: bool) -> Ticks:
             if patient and min(inside) == 0 and max(inside) > 0:
                 row = [some if i > 0 else () for some, i in zip(row, inside, strict=True)]
         if not any(row):
-            raise ValueError(f"schedule {schedule.name}: no rank can go on at tick {len(rows)}")
+            r = next(r for r, ops in enumerate(todo) if at_R[r] < len(ops))
+            raise ValueError(
+                f"schedule {schedule.name}: rank {r} waits for ever before {todo[r][at_R[r]]}"
+            )
         for r, some in enumerate(row):
             at_R[r] += len(some)
             done |= {result(r, op) for op in some}
