@@ -67,6 +67,23 @@ def test_evaluation_figures_are_those_of_the_kept_results(readme: str, repo: Pat
         "texts": ratios["texts"],
     }
     assert f"{kept['ratio']:.2f} times as fast in all" in row
+    apart = [one["scores"].split(" nats, ")[-1].removesuffix(" of it") for one in kept["tasks"][:3]]
+    assert float(re.findall(r"within ([\d.e-]+) of each", row)[0]) == max(map(float, apart))
+
+
+@pytest.mark.parametrize("notebook", ["balancing", "mtp"])
+def test_figures_with_intervals_are_those_of_the_rendered_notebooks(
+    readme: str, repo: Path, notebook: str
+) -> None:
+    (row,) = (
+        line for line in readme.splitlines() if line.endswith(f"| `notebooks/{notebook}.ipynb` |")
+    )
+    page = (repo / "notebooks" / "rendered" / f"{notebook}.html").read_text(encoding="utf-8")
+    figures = re.findall(r"[-+]?[\d.]+ ± [\d.]+", row)
+    assert len(figures) >= 3
+    assert all(figure in page for figure in figures)
+    claims = (repo / "benchmarks" / "results" / "claims.md").read_text(encoding="utf-8")
+    assert figures[0] in claims
 
 
 def test_ci_runs_the_readme_test_command(readme: str, repo: Path) -> None:

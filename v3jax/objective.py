@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from v3jax.config import ExperimentConfig
+from v3jax.model.moe import RouterStats
 from v3jax.model.transformer import Output, Transformer, head_weight
 from v3jax.ops.accumulate import Sink
 from v3jax.ops.loss import linear_cross_entropy
@@ -132,13 +133,9 @@ def loss(
         jnp.concatenate(targets, axis=1),
         jnp.concatenate([w * f for w, f in zip(weights, factors, strict=True)], axis=1),
     )
-    nlls = [
-        jnp.sum(jnp.where(w > 0, w * n, 0))
-        for w, n in zip(weights, jnp.split(nll, depth + 1, axis=1), strict=True)
-    ]
+    nlls = shares_of(nll, weights)
     stats = out.stats
-    by_layer = {"sequence": stats.balance_loss, "batch": stats.batch_balance_loss}
-    balance = balance_alpha(cfg) * by_layer[cfg.balance.loss_over].sum() / scale.n_sequences
+    balance = balance_alpha(cfg) * balance_of(cfg, stats).sum() / scale.n_sequences
     exchange = stats.exchange
     parts = LossParts(
         main=nlls[0],
@@ -163,6 +160,19 @@ def targets_of(
         targets.append(jnp.roll(targets_BT, -k, axis=1))
         weights.append(_mtp_mask(segments_BS, k, cfg.data.isolate_documents) / scale.n_targets)
     return targets, weights, [jnp.ones(())] + [scale.mtp_weight / max(depth, 1)] * depth
+
+
+def shares_of(nll_BT: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:
+    """The main model's cross-entropy and each module's, of `targets_of`'s weights and every
+    position's likelihood, one after the other in `nll_BT`."""
+    parts = jnp.split(nll_BT, len(weights), axis=1)
+    return [jnp.sum(jnp.where(w > 0, w * n, 0)) for w, n in zip(weights, parts, strict=True)]
+
+
+def balance_of(cfg: ExperimentConfig, stats: RouterStats) -> jax.Array:
+    """Each router's balance loss of the kind that the experiment asks for, before its factor."""
+    kinds = {"sequence": stats.balance_loss, "batch": stats.batch_balance_loss}
+    return kinds[cfg.balance.loss_over]
 
 
 def _mean(x_L: jax.Array) -> jax.Array:

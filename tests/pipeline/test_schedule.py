@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.pipeline.schedules import made
 from v3jax.pipeline import schedule as sched
 from v3jax.pipeline.schedule import SCHEDULES, Instruction, Op, Schedule, check, draw, simulate
 
@@ -17,11 +18,6 @@ SIZES = [(2, 4), (2, 120), (4, 8), (4, 30), (6, 12), (8, 16), (8, 20), (8, 40), 
 SIZES += [(12, 24), (14, 28), (16, 32), (16, 120)]
 STATED = ("1f1b", "zb1p", "dualpipe", "dualpipev")
 SHORT = {"1f1b": 3, "zb1p": 3, "gpipe": 1}  # fewer micro-batches than ranks
-
-
-def made(name: str, stages: int, n_micro: int) -> Schedule:
-    """With so many stages, which is twice the ranks where these have two of one direction."""
-    return SCHEDULES[name](stages // 2 if name == "dualpipev" else stages, n_micro)
 
 
 @pytest.mark.parametrize("name", STATED)

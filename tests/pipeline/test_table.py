@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.pipeline import schedules
 from v3jax.pipeline import table as tables
 from v3jax.pipeline.schedule import SCHEDULES, Place, reported_peak
 from v3jax.pipeline.table import FORWARD, INPUTS, WEIGHTS, Table, make_table
@@ -14,8 +15,7 @@ SIZES = [(2, 4), (4, 8), (4, 14), (8, 20)]
 
 
 def made(name: str, stages: int, n_micro: int, **options: Any) -> Table:
-    schedule = SCHEDULES[name](stages // 2 if name == "dualpipev" else stages, n_micro)
-    return make_table(lockstep(schedule, **options))
+    return make_table(lockstep(schedules.made(name, stages, n_micro), **options))
 
 
 class Machine:

@@ -4,15 +4,12 @@ from typing import Any
 
 import pytest
 
+from tests.pipeline.schedules import made
 from v3jax.pipeline import schedule as sched
 from v3jax.pipeline.schedule import SCHEDULES, Schedule, needs, reported_bubble, result
 from v3jax.pipeline.ticks import lockstep
 
 SIZES = [(2, 4), (4, 8), (4, 30), (6, 12), (8, 16), (8, 20), (8, 40), (16, 32), (16, 120)]
-
-
-def made(name: str, stages: int, n_micro: int) -> Schedule:
-    return SCHEDULES[name](stages // 2 if name == "dualpipev" else stages, n_micro)
 
 
 @pytest.mark.parametrize("fb", [2.0, 3.0])

@@ -46,3 +46,14 @@ class MTPModule(Module):
         x_BTD, stats = block(joined @ eh_proj, positions_T, segments_BT, counted_BT)
         assert stats is not None
         return rms_norm(x_BTD, head_norm, cfg.norm_eps), stats
+
+
+def known(counted_BS: jax.Array, depth: int) -> jax.Array:
+    """Positions `[B, T]` that count for module `depth` in rows of T + 1 tokens.
+
+    They and the token looked ahead to do; the last `depth` have no target, and what wraps around
+    there counts nowhere.
+    """
+    length = counted_BS.shape[1] - 1
+    both_BT = (counted_BS & jnp.roll(counted_BS, -depth, axis=1))[:, :length]
+    return both_BT & (jnp.arange(length) < length - depth)

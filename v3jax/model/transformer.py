@@ -15,7 +15,7 @@ from v3jax.config import ModelConfig, NumericsConfig
 from v3jax.model.block import rematerialised
 from v3jax.model.layers import Module, columns_of, compute_dtype, whole
 from v3jax.model.moe import RouterStats
-from v3jax.model.mtp import MTPModule
+from v3jax.model.mtp import MTPModule, known
 from v3jax.ops import loss
 from v3jax.ops.accumulate import Sink, tapped
 from v3jax.ops.attention import Tree
@@ -92,10 +92,7 @@ class Transformer(Module):
         h_BTD = hidden_BTD
         for depth in range(1, cfg.mtp_depth + 1 if ahead else 1):
             ahead_BTD = jnp.roll(embedded_BSD, -depth, axis=1)[:, :length]
-            # A position counts if it and the token looked ahead to do; the last `depth` have no
-            # target, and what wrapped around there counts nowhere.
-            known_BT = counted_BT & jnp.roll(counted_BS, -depth, axis=1)[:, :length]
-            known_BT &= positions_T < length - depth
+            known_BT = known(counted_BS, depth)
             module = MTPModule(cfg, self.numerics, self.rules, name=f"mtp_layers_{depth - 1}")
             h_BTD, mtp_stats = module(h_BTD, ahead_BTD, positions_T, segments_BT, known_BT)
             mtp_hidden.append(h_BTD)

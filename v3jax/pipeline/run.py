@@ -21,7 +21,7 @@ from v3jax.config import ExperimentConfig
 from v3jax.model.block import Block, rematerialised
 from v3jax.model.layers import compute_dtype, master_dtype
 from v3jax.model.moe import RouterStats
-from v3jax.model.mtp import MTPModule
+from v3jax.model.mtp import MTPModule, known
 from v3jax.objective import LossParts, Scale
 from v3jax.ops.embedding import add_to_split, embed_split
 from v3jax.ops.loss import split_head_gradients
@@ -31,7 +31,6 @@ from v3jax.pipeline.stages import Layout
 from v3jax.pipeline.table import FORWARD, INPUTS, WEIGHTS, Table
 from v3jax.sharding import ShardingRules
 
-Tree = Any
 _AXIS = "pipe"
 
 
@@ -50,11 +49,11 @@ class Program:
         rules: ShardingRules,
         table: Table,
         where: Layout,
-        layers_N: Tree,
-        ends: Tree,
+        layers_N: Any,
+        ends: Any,
         embed_vD: jax.Array,
         head_Dv: jax.Array,
-        router_state: Tree,
+        router_state: Any,
         tokens_MBS: jax.Array,
         segments_MBS: jax.Array,
         scale: Scale,
@@ -83,10 +82,10 @@ class Program:
             cfg.model, cfg.numerics, self.rules, moe=True, parent=None
         )
 
-        def f(params: Tree, x_BTD: jax.Array, bias_E: Tree, segments_BS: jax.Array) -> Any:
+        def f(params: Any, x_BTD: jax.Array, bias_E: Any, segments_BS: jax.Array) -> Any:
             variables = {"params": params, "router_state": bias_E}
             y_BTD, stats = cast(Any, block).apply(variables, x_BTD, *self._shared(segments_BS))
-            return (y_BTD, self._balance(stats)), stats
+            return (y_BTD, objective.balance_of(cfg, stats)), stats
 
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), self.layers_N)
         bias = jax.tree.map(
@@ -102,12 +101,7 @@ class Program:
         isolated = inputs_BT if self.cfg.data.isolate_documents else None
         return jnp.arange(inputs_BT.shape[1]), isolated, inputs_BT > 0
 
-    def _balance(self, stats: RouterStats) -> jax.Array:
-        """A layer's share of the balance loss, before its factor."""
-        over = {"sequence": stats.balance_loss, "batch": stats.batch_balance_loss}
-        return over[self.cfg.balance.loss_over]
-
-    def _dense(self, ends: Tree, x_BTD: jax.Array, segments_BS: jax.Array) -> jax.Array:
+    def _dense(self, ends: Any, x_BTD: jax.Array, segments_BS: jax.Array) -> jax.Array:
         """The dense layers."""
         cfg = self.cfg
         block = Block(cfg.model, cfg.numerics, self.rules, moe=False, parent=None)
@@ -117,17 +111,16 @@ class Program:
         return x_BTD
 
     def _out(
-        self, ends: Tree, x_BTD: jax.Array, ahead_BSD: jax.Array, segments_BS: jax.Array
+        self, ends: Any, x_BTD: jax.Array, ahead_BSD: jax.Array, segments_BS: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], list[RouterStats]]:
         """What the head reads, `[1 + K, B, T, D]`, and the modules' balance loss."""
         cfg = self.cfg
-        positions_T, isolated, counted_BT = self._shared(segments_BS)
+        positions_T, isolated, _ = self._shared(segments_BS)
         length = len(positions_T)
         h_BTD = rms_norm(x_BTD, ends["norm"], cfg.model.norm_eps)
         hidden, stats = [h_BTD], []
         for k in range(1, self.depth + 1):
-            known_BT = counted_BT & jnp.roll(segments_BS > 0, -k, axis=1)[:, :length]
-            known_BT &= positions_T < length - k
+            known_BT = known(segments_BS > 0, k)
             name = f"mtp_layers_{k - 1}"
             module = MTPModule(cfg.model, cfg.numerics, self.rules, parent=None)
             variables = {"params": ends[name], "router_state": self.router_state[name]}
@@ -137,7 +130,9 @@ class Program:
             )
             hidden.append(h_BTD)
             stats.append(stat)
-        balance = sum((self._balance(s) for s in stats), start=jnp.zeros((), self._wide))
+        balance = sum(
+            (objective.balance_of(cfg, s) for s in stats), start=jnp.zeros((), self._wide)
+        )
         return (jnp.stack(hidden), balance), stats
 
     @property
@@ -146,7 +141,7 @@ class Program:
 
     # ---- The loop
 
-    def gradients(self) -> tuple[Tree, LossParts]:
+    def gradients(self) -> tuple[Any, LossParts]:
         """This rank's gradients, as the arguments are, and its share of the loss's parts; shares of
         all ranks add up to the devices' own rows'."""
         fields = {
@@ -158,13 +153,13 @@ class Program:
             for name in ("enter", "loss", "back", "leave")
         }
 
-        def tick(state: Tree, row: tuple[Tree, Tree]) -> tuple[Tree, None]:
+        def tick(state: Any, row: tuple[Any, Any]) -> tuple[Any, None]:
             return self._tick(state, *row), None
 
         state, _ = jax.lax.scan(tick, self._start(), (fields, ends))
         return state["gradients"], state["parts"]
 
-    def _start(self) -> Tree:
+    def _start(self) -> Any:
         slots, model = self.table.slots, self.cfg.model
         x = jnp.zeros(self.x_shape, self.dtype)
         hidden = jnp.zeros((1 + self.depth, *self.x_shape), self.dtype)
@@ -211,7 +206,7 @@ class Program:
             ),
         }
 
-    def _tick(self, state: Tree, field: Tree, ends: Tree) -> Tree:
+    def _tick(self, state: Any, field: Any, ends: Any) -> Any:
         state = self._arrived(state, field)
         run = field["run"]
         entering = self._looked_up(ends["enter"])
@@ -225,7 +220,7 @@ class Program:
         state = self._losses(state, field, ends["loss"])
         return self._embedding_gradients(state, ends)
 
-    def _arrived(self, state: Tree, field: Tree) -> Tree:
+    def _arrived(self, state: Any, field: Any) -> Any:
         """What the neighbours have sent is put into its slots."""
         right = [(r, r + 1) for r in range(self.n_ranks - 1)]
         left = [(r + 1, r) for r in range(self.n_ranks - 1)]
@@ -267,8 +262,8 @@ class Program:
         return places_Q, layers_Q >= 0, jnp.maximum(layers_Q, 0)
 
     def _forward(
-        self, state: Tree, field: Tree, entering: list[jax.Array], ahead: list[jax.Array]
-    ) -> Tree:
+        self, state: Any, field: Any, entering: list[jax.Array], ahead: list[jax.Array]
+    ) -> Any:
         chunk, micro = field["f_chunk"], field["f_micro"]
         segments_BS = self.segments_MBS[micro]
         first, last = self._at(0, chunk), self._at(-1, chunk)
@@ -339,15 +334,15 @@ class Program:
         )
         return state | {"parts": parts}
 
-    def _inputs(self, state: Tree, field: Tree) -> Tree:
+    def _inputs(self, state: Any, field: Any) -> Any:
         chunk, micro = field["i_chunk"], field["i_micro"]
         segments_BS = self.segments_MBS[micro]
         first, last = self._at(0, chunk), self._at(-1, chunk)
         layers, inputs = (_get(pool, field["i_saved"]) for pool in state["saved"])
         of_balance = self.alpha
 
-        def from_loss(gradients: Tree) -> Any:
-            def out(ends: Tree, y: jax.Array, row: jax.Array) -> Any:
+        def from_loss(gradients: Any) -> Any:
+            def out(ends: Any, y: jax.Array, row: jax.Array) -> Any:
                 return self._out(ends, y, row, segments_BS)[0]
 
             _, pull = jax.vjp(out, self.ends, inputs["out"], inputs["ahead"])
@@ -355,7 +350,7 @@ class Program:
             of_ends, g_BTD, of_row = pull((of_hidden, of_balance))
             return _added(gradients, of_ends), g_BTD, of_row
 
-        def from_neighbour(gradients: Tree) -> Any:
+        def from_neighbour(gradients: Any) -> Any:
             return gradients, _get(state["g"], field["i_g"]), jnp.zeros_like(inputs["ahead"])
 
         of_ends, g_BTD, of_row = jax.lax.cond(
@@ -375,7 +370,7 @@ class Program:
         places_Q, filled_Q, _ = self._slots_of(chunk)
         g_BTD, found = jax.lax.scan(one, g_BTD, (places_Q, filled_Q, layers), reverse=True)
 
-        def through_dense(gradients: Tree, g_BTD: jax.Array) -> Any:
+        def through_dense(gradients: Any, g_BTD: jax.Array) -> Any:
             _, pull = jax.vjp(
                 lambda ends, x: self._dense(ends, x, segments_BS), self.ends, inputs["in"]
             )
@@ -390,15 +385,15 @@ class Program:
             "gradients": state["gradients"] | {"ends": of_ends},
         }
 
-    def _weights(self, state: Tree, field: Tree) -> Tree:
+    def _weights(self, state: Any, field: Any) -> Any:
         layers = _get(state["saved"][0], field["w_saved"])
         found = _get(state["found"], field["w_found"])
 
-        def one(gradients_N: Tree, slot: Any) -> Any:
+        def one(gradients_N: Any, slot: Any) -> Any:
             place, filled, saved, found = slot
             params = jax.tree.map(lambda a: a[place], self.layers_N)
 
-            def run(gradients_N: Tree) -> Tree:
+            def run(gradients_N: Any) -> Any:
                 of_layer = self.layer.weights(params, saved, found)
                 return jax.tree.map(
                     lambda total, g: total.at[place].add(g.astype(total.dtype)),
@@ -416,12 +411,12 @@ class Program:
 
     # ---- What all ranks do together
 
-    def _losses(self, state: Tree, field: Tree, micro_D: jax.Array) -> Tree:
+    def _losses(self, state: Any, field: Any, micro_D: jax.Array) -> Any:
         """The loss of what has come out of the last stages, and its gradients to their slots."""
         for d, path in enumerate(self.table.schedule.paths):
             place = path[-1]
 
-            def run(state: Tree, micro: jax.Array, rank: int = place.rank) -> Tree:
+            def run(state: Any, micro: jax.Array, rank: int = place.rank) -> Any:
                 mine = self.rank == rank
                 hidden = jax.lax.psum(jnp.where(mine, state["hidden"], 0), _AXIS)
                 targets, weights, factors = objective.targets_of(
@@ -436,10 +431,8 @@ class Program:
                     jnp.concatenate(weighted, axis=1),
                     _AXIS,
                 )
-                nlls = [  # on one rank, as all have the same
-                    jnp.sum(jnp.where(mine & (w > 0), w * n, 0))
-                    for w, n in zip(weights, jnp.split(nll, self.depth + 1, axis=1), strict=True)
-                ]
+                # On one rank, as all have the same.
+                nlls = [jnp.where(mine, n, 0) for n in objective.shares_of(nll, weights)]
                 of_hidden = jnp.stack(jnp.split(of_joined, self.depth + 1, axis=1))
                 slot = jnp.where(mine, field["loss"], -1)
                 gradients = state["gradients"]
@@ -454,7 +447,7 @@ class Program:
             state = jax.lax.cond(micro_D[d] >= 0, run, lambda s, m: s, state, micro_D[d])
         return state
 
-    def _embedding_gradients(self, state: Tree, ends: Tree) -> Tree:
+    def _embedding_gradients(self, state: Any, ends: Any) -> Any:
         """Gradients of the rows that entered, and of those that MTP modules looked ahead to."""
         of_entered = jnp.pad(state["sent_g"], ((0, 0), (0, 1), (0, 0)))
         of_vD = state["gradients"]["embed"]
@@ -476,14 +469,14 @@ class Program:
         return jax.lax.cond(micro >= 0, run, lambda x: x, of_vD)
 
 
-def _get(pool: Tree, slot: jax.Array) -> Tree:
+def _get(pool: Any, slot: jax.Array) -> Any:
     return jax.tree.map(lambda a: a[slot], pool)
 
 
-def _put(pool: Tree, slot: jax.Array, value: Tree) -> Tree:
+def _put(pool: Any, slot: jax.Array, value: Any) -> Any:
     """The pool with a value in a slot; -1 is the last, which nobody reads."""
     return jax.tree.map(lambda a, v: a.at[slot].set(v.astype(a.dtype)), pool, value)
 
 
-def _added(totals: Tree, gradients: Tree) -> Tree:
+def _added(totals: Any, gradients: Any) -> Any:
     return jax.tree.map(lambda t, g: t + g.astype(t.dtype), totals, gradients)
