@@ -16,7 +16,7 @@ from v3jax import objective
 from v3jax.config import ExperimentConfig
 from v3jax.sharding import BATCH_AXES
 from v3jax.state import init_state
-from v3jax.step import make_train_step
+from v3jax.step import amount_of, amount_specs, make_train_step
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,17 @@ def time_step(
 def stepper(cfg: ExperimentConfig, mesh: Mesh | None = None) -> Callable[[], Any]:
     """A function that takes one more step each time, on a batch placed over the mesh if any."""
     tokens, segments = _random_batch(cfg)
-    count = jnp.asarray(len(tokens), jnp.int32)
+    amount = jax.tree.map(jnp.asarray, amount_of(cfg, len(tokens)))
     step, state = make_train_step(cfg, mesh), init_state(cfg, mesh)
     if mesh is not None:
         place = NamedSharding(mesh, P(None, BATCH_AXES))
         tokens, segments = jax.device_put((tokens, segments), place)
-        count = jax.device_put(count, NamedSharding(mesh, P()))
+        places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), amount_specs(cfg))
+        amount = jax.device_put(amount, places)
 
     def once() -> Any:
         nonlocal state
-        state, metrics = step(state, tokens, segments, count)
+        state, metrics = step(state, tokens, segments, amount)
         return metrics
 
     def once_on_mesh() -> Any:

@@ -75,6 +75,17 @@ def v3_tiny() -> ExperimentConfig:
 
 
 @register
+def v3_tiny_pipe() -> ExperimentConfig:
+    """v3_tiny over four pipeline ranks and two data-parallel ones: eight devices, DualPipe.
+
+        XLA_FLAGS=--xla_force_host_platform_device_count=8 \\
+            python -m v3jax.train --exp=v3_tiny_pipe --set run.total_tokens=4e4
+    """
+    tiny = v3_tiny()
+    return replace(tiny, name="v3_tiny_pipe", mesh=MeshConfig(pipe=4, data=2))
+
+
+@register
 def v3_tiny_long() -> ExperimentConfig:
     """v3_tiny over six times the tokens, about a quarter of an hour on two CPU cores."""
     tiny = v3_tiny()

@@ -34,7 +34,7 @@ from v3jax.state import (
     state_shardings,
     with_layer_biases,
 )
-from v3jax.step import make_eval_step, make_train_step
+from v3jax.step import abstract_amount, make_eval_step, make_train_step
 
 BASE = small.experiment(small.config(n_layers=1, n_dense_layers=0, mtp_depth=1))
 CFG = replace(BASE, optim=replace(BASE.optim, warmup_steps=10, weight_decay=0.0))
@@ -411,7 +411,7 @@ def test_full_step_lowers_under_the_abstract_mesh_of_its_real_size() -> None:
     rows = jax.ShapeDtypeStruct((n_micro, cfg.batch.micro_batch, cfg.data.seq_len + 1), jnp.int32)
     with jax.sharding.use_abstract_mesh(mesh):
         traced = make_train_step(cfg, mesh).trace(
-            abstract_state(cfg, mesh), rows, rows, jax.ShapeDtypeStruct((), jnp.int32)
+            abstract_state(cfg, mesh), rows, rows, abstract_amount(cfg, mesh)
         )
         lowered = traced.lower(lowering_platforms=("cuda",))
     new, metrics = lowered.out_info

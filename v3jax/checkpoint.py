@@ -26,7 +26,14 @@ import numpy as np
 from etils import epath
 
 from v3jax import processes
-from v3jax.config import CHECKPOINT_FORMAT, ExperimentConfig, MeshConfig, digest, flatten
+from v3jax.config import (
+    CHECKPOINT_FORMAT,
+    ExperimentConfig,
+    MeshConfig,
+    PipelineConfig,
+    digest,
+    flatten,
+)
 from v3jax.state import TrainState
 
 # What may differ between a run and its continuation: rhythm, length and devices, never the
@@ -42,6 +49,7 @@ MAY_CHANGE = frozenset(
         "moe.bound_factor",
         "moe.dispatch_chunks",
         *(f"mesh.{field.name}" for field in fields(MeshConfig)),
+        *(f"pipeline.{field.name}" for field in fields(PipelineConfig)),
     }
 )
 

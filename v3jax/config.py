@@ -141,7 +141,8 @@ class MeshConfig:
     """Devices along each named mesh axis; all axes are always present (report section 3.2).
 
     The batch is split over data, node and expert, experts over node and expert; `node` is the slow
-    network between hosts, `expert` the fast one within.
+    network between hosts, `expert` the fast one within. Layers are split over pipe, see
+    `PipelineConfig`.
     """
 
     pipe: int = 1
@@ -171,6 +172,36 @@ class MeshConfig:
     @property
     def expert_shards(self) -> int:
         return self.node * self.expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """How micro-batches pass through the layers that `mesh.pipe` ranks share (report 3.2.1).
+
+    `dualpipe` and `dualpipev` take any number of micro-batches; with fewer than twice the ranks, or
+    an odd number, some places of their schedule stay empty.
+    """
+
+    schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "dualpipe"
+    mode: Literal["branches", "masked"] = "branches"
+    """`branches`: a rank runs what its schedule says, and others something else at that time.
+    `masked`: all ranks run what any of them has to, and drop what was not asked of them; slower,
+    but a layer may then exchange messages of every kind."""
+    pair_time: float = 3.0
+    """Time of a forward and a backward that overlap, in forwards; one after the other they take 3.
+    Below that, ranks wait for one another to run pairs if this makes a step shorter."""
+
+    def __post_init__(self) -> None:
+        _require(
+            2 <= self.pair_time <= 3,
+            "pipeline.pair_time",
+            f"must be within 2..3 forwards, got {self.pair_time:g}",
+        )
+
+    @property
+    def chunks(self) -> int:
+        """Stages of one direction that a rank holds."""
+        return 2 if self.schedule == "dualpipev" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +397,7 @@ class ExperimentConfig:
     mtp_weight: Schedule
     run: RunConfig
     moe: MoEConfig = MoEConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     init_from: str | None = None
     """Weights the run starts from: a run directory, a Hugging Face directory or a conversion."""
     checkpoint_format: int = CHECKPOINT_FORMAT
@@ -395,10 +427,40 @@ class ExperimentConfig:
             f"node={mesh.node} x expert={mesh.expert} devices do not divide "
             f"model.n_experts={self.model.n_experts}",
         )
+        if mesh.pipe > 1:
+            self._check_pipeline()
         _require(
             self.checkpoint_format == CHECKPOINT_FORMAT,
             "checkpoint_format",
             f"this version writes format {CHECKPOINT_FORMAT}, got {self.checkpoint_format}",
+        )
+
+    def _check_pipeline(self) -> None:
+        model, mesh, pipeline = self.model, self.mesh, self.pipeline
+        _require(
+            pipeline.schedule != "dualpipe" or mesh.pipe % 2 == 0,
+            "mesh.pipe",
+            f"{mesh.pipe} ranks are odd and dualpipe enters from both ends; make them even or set "
+            "pipeline.schedule to dualpipev or zb1p",
+        )
+        stages = mesh.pipe * pipeline.chunks
+        most = model.n_moe_layers + (model.n_dense_layers > 0) + (model.mtp_depth > 0)
+        _require(
+            stages <= most,
+            "mesh.pipe",
+            f"{stages} stages of {pipeline.schedule}, but the model can be cut into {most} at most "
+            "(MoE layers, dense layers together, MTP modules together); lower it",
+        )
+        _require(
+            model.vocab_size % mesh.pipe == 0,
+            "mesh.pipe",
+            f"{mesh.pipe} ranks do not divide model.vocab_size={model.vocab_size}, which is split "
+            "over them; make it a multiple",
+        )
+        _require(
+            mesh.storage != "fsdp",
+            "mesh.storage",
+            "fsdp gathers a layer where it is used, a pipeline all of them before; set zero1",
         )
 
 

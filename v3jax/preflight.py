@@ -6,7 +6,6 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from v3jax import checkpoint, processes
 from v3jax.config import ExperimentConfig
@@ -14,6 +13,7 @@ from v3jax.data.dataset import Dataset
 from v3jax.models import find_initial
 from v3jax.optim.schedules import n_steps
 from v3jax.state import abstract_state
+from v3jax.step import abstract_amount
 
 
 def preflight(
@@ -35,8 +35,8 @@ def preflight(
     n_micro = cfg.batch.end // cfg.batch.micro_batch
     shape = (n_micro, cfg.batch.micro_batch, cfg.data.seq_len + 1)
     batch = jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_place)
-    count = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, P()))
-    compiled = train_step.lower(state, batch, batch, count).compile()
+    amount = abstract_amount(cfg, mesh)
+    compiled = train_step.lower(state, batch, batch, amount).compile()
     memory = compiled.memory_analysis()
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     rows = [

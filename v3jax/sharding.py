@@ -4,8 +4,9 @@ The mesh always has the axes `pipe, data, node, expert`, of size 1 when unused. 
 `(data, node, expert)`, experts on `(node, expert)` (report sections 2.1.2 and 3.2).
 
 A parameter is computed with where the table says and may be stored in smaller parts: `zero1` and
-`fsdp` split what the table leaves whole over the rest of the batch's axes (ZeRO, report section
-3.2). `stored` says how, `gather` and `reduce` go between the two inside `jax.shard_map`.
+`fsdp` split what the table leaves whole over the rest of the axes (ZeRO, report section 3.2), also
+over `pipe`: a checkpoint knows nothing of stages. `stored` says how, `gather` and `reduce` go
+between the two inside `jax.shard_map`. With a pipeline the vocabulary is split over its ranks.
 """
 
 import functools
@@ -53,6 +54,8 @@ class ShardingRules:
     deterministic: bool = False
     """As `MeshConfig.deterministic`."""
     moe: MoEConfig = _DROPLESS
+    halves: bool = False
+    """Whether the backward pass has to come apart into gradients of inputs and of weights."""
 
     def spec(self, *logical: str | None) -> P:
         """The PartitionSpec of an array whose dimensions carry these logical names.
@@ -60,7 +63,7 @@ class ShardingRules:
         Raises:
           ValueError: an unknown name, or one mesh axis on two dimensions.
         """
-        known = {f.name for f in fields(self)} - {"storage", "deterministic", "moe"}
+        known = {f.name for f in fields(self)} - {"storage", "deterministic", "moe", "halves"}
         for name in logical:
             if name is not None and name not in known:
                 raise ValueError(
@@ -80,7 +83,10 @@ class ShardingRules:
 def rules_of(cfg: ExperimentConfig) -> ShardingRules:
     """The rule set that an experiment names."""
     return ShardingRules(
-        storage=cfg.mesh.storage, deterministic=cfg.mesh.deterministic, moe=cfg.moe
+        vocab="pipe" if cfg.mesh.pipe > 1 else None,
+        storage=cfg.mesh.storage,
+        deterministic=cfg.mesh.deterministic,
+        moe=cfg.moe,
     )
 
 
@@ -220,14 +226,14 @@ def stored(
 ) -> P:
     """Where a parameter of this compute spec is stored on a mesh of these axis sizes.
 
-    The batch's axes that `spec` leaves free go on the largest whole dimension they divide, the
-    axis of stacked layers excepted, or on its `columns`; if none is divided, fewer of the axes.
+    The axes that `spec` leaves free go on the largest whole dimension they divide, the axis of
+    stacked layers excepted, or on its `columns`; if none is divided, fewer of the axes.
     """
     if rules.storage == "whole":
         return spec
     axes = (*spec, *[None] * (len(shape) - len(spec)))
     used = set(jax.tree.leaves(axes))
-    free = tuple(a for a in BATCH_AXES if a not in used and sizes[a] > 1)
+    free = tuple(a for a in MESH_AXES if a not in used and sizes[a] > 1)
     if math.prod(shape[stacked:]) < _SMALL:
         return spec
     for start in range(len(free)):
@@ -313,11 +319,17 @@ def _gather_bwd(
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def reduce(gradient: jax.Array, spec: P, place: P, rules: ShardingRules) -> jax.Array:
-    """One device's gradient of a parameter added up over the batch's axes, the stored part of it.
+def reduce(
+    gradient: jax.Array,
+    spec: P,
+    place: P,
+    rules: ShardingRules,
+    over: tuple[str, ...] = MESH_AXES,
+) -> jax.Array:
+    """One device's gradient of a parameter added up over the mesh, the stored part of it.
 
     `gradient` has the shape that `spec` says. Axes on which the parameter itself is split hold
-    other parameters, not other parts of the batch.
+    other parameters, not other parts of its gradient.
     """
     extra = added(spec, place)
     axes: tuple[str, ...] = ()
@@ -325,7 +337,7 @@ def reduce(gradient: jax.Array, spec: P, place: P, rules: ShardingRules) -> jax.
         dim, axes = extra
         gradient = _reduce_scatter(gradient, dim, axes, rules.deterministic)
     held = (*jax.tree.leaves(tuple(spec)), *axes)
-    return add_up(gradient, tuple(a for a in BATCH_AXES if a not in held), rules)
+    return add_up(gradient, tuple(a for a in over if a not in held), rules)
 
 
 def _reduce_scatter(

@@ -1,6 +1,7 @@
 """One training step, jitted: accumulate micro-batches, update, commit all or nothing.
 
-The number of micro-batches is a run-time value, so the whole batch-size ramp is one program.
+The number of micro-batches is a run-time value, so the whole batch-size ramp is one program. With
+`mesh.pipe` > 1 micro-batches pass through a pipeline (`v3jax.pipeline`).
 Dims: M micro-batches (the most a step has), B sequences of one, S = T + 1 tokens of a row,
 L MoE layers (MTP modules last), E experts.
 """
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,7 +26,10 @@ from v3jax.ops.accumulate import Sink, added_up, new_sink, tapped
 from v3jax.optim.adamw import adamw
 from v3jax.optim.router_bias import find_rule, max_violation
 from v3jax.optim.schedules import learning_rate, piecewise, tokens_of
-from v3jax.sharding import BATCH_AXES, ShardingRules, is_stacked, rules_of
+from v3jax.pipeline import evaluation
+from v3jax.pipeline.plan import Orders, Plan, plan_of
+from v3jax.pipeline.run import step_gradients
+from v3jax.sharding import BATCH_AXES, MESH_AXES, ShardingRules, is_stacked, rules_of
 from v3jax.state import (
     TrainState,
     absorbed,
@@ -43,13 +48,17 @@ def make_train_step(
     mesh: Mesh | AbstractMesh | None = None,
     rules: ShardingRules | None = None,
 ) -> Any:
-    """The jitted step `(state, tokens_MBS, segments_MBS, n_micro) -> (state, metrics)`.
+    """The jitted step `(state, tokens_MBS, segments_MBS, amount) -> (state, metrics)`.
 
-    `state` is donated. `n_micro` (int32 scalar) of the M micro-batches are used. Metrics are FP32
-    or integer scalars and `load_LE`; `committed` is 0 for a step whose loss or gradient was not
+    `state` is donated. `amount`, of `amount_of`, says how many of the M micro-batches are used;
+    without a pipeline it is that number (int32 scalar). Metrics are FP32 or integer scalars and
+    `load_LE`; `committed` is 0 for a step whose loss or gradient was not
     finite, which changes nothing but `bad_steps`. The average takes in the parameters before the
     step, `state.catch_up` those after it. With a mesh, call it under `jax.set_mesh(mesh)`;
     the new state is pinned to where the old one lives.
+
+    Raises:
+      ValueError: no bias rule of that name, or the experiment's pipeline cannot be built.
     """
     find_rule(cfg.balance.bias_rule)  # a name that is none is found before data is prepared
     rules = rules or rules_of(cfg)
@@ -61,7 +70,7 @@ def make_train_step(
     manual = jax.shard_map(
         step,
         mesh=mesh,
-        in_specs=(places, batch, batch, P()),
+        in_specs=(places, batch, batch, amount_specs(cfg)),
         out_specs=(places, P()),
         check_vma=False,
     )
@@ -71,6 +80,28 @@ def make_train_step(
         donate_argnums=0,
         out_shardings=pinned,
         compiler_options=compiler_options(mesh),
+    )
+
+
+def amount_of(cfg: ExperimentConfig, n_micro: int) -> Any:
+    """How many micro-batches a step takes, as it is told: a number, or a pipeline's `Orders`."""
+    plan = plan_of(cfg)
+    return np.int32(n_micro) if plan is None else plan.orders(n_micro)
+
+
+def amount_specs(cfg: ExperimentConfig) -> Any:
+    """PartitionSpecs of what `amount_of` gives."""
+    plan = plan_of(cfg)
+    return P() if plan is None else plan.specs()
+
+
+def abstract_amount(cfg: ExperimentConfig, mesh: Mesh | AbstractMesh) -> Any:
+    """Shapes and shardings of what `amount_of` gives."""
+    n_micro = cfg.batch.end // cfg.batch.micro_batch
+    return jax.tree.map(
+        lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
+        amount_of(cfg, n_micro),
+        amount_specs(cfg),
     )
 
 
@@ -92,11 +123,25 @@ def make_eval_step(
     """The jitted `(params, router_state, tokens_BS, segments_BS) -> (nll sum in nats, targets)`.
 
     With a mesh, the parameters live where a state keeps them; call it under `jax.set_mesh(mesh)`.
+    A pipeline is the busier, the more micro-batches the rows are.
     """
     rules = rules or rules_of(cfg)
     parallel = Parallel.over(cfg, mesh, rules)
 
     def step(params: Any, router_state: Any, tokens_BS: jax.Array, segments_BS: jax.Array) -> Any:
+        if parallel.plan is not None:
+            return parallel.total(
+                evaluation.nll(
+                    cfg,
+                    rules,
+                    parallel.specs,
+                    parallel.places,
+                    params,
+                    router_state,
+                    tokens_BS,
+                    segments_BS,
+                )
+            )
         params = parallel.gather(params)
         nll = objective.eval_loss(cfg, params, router_state, tokens_BS, segments_BS, rules)
         return parallel.total(nll)
@@ -125,6 +170,8 @@ class Parallel:
     """Where each parameter is stored."""
     shards: int = 1
     """Parts of the batch."""
+    plan: Plan | None = None
+    """Of the pipeline, if there is one."""
 
     @classmethod
     def over(
@@ -134,7 +181,8 @@ class Parallel:
         if mesh is None:
             return cls(rules)
         specs, places = param_specs(cfg, mesh, rules)
-        return cls(rules, specs, places, math.prod(mesh.shape[a] for a in BATCH_AXES))
+        shards = math.prod(mesh.shape[a] for a in BATCH_AXES)
+        return cls(rules, specs, places, shards, plan_of(cfg))
 
     def gather(self, params: Any) -> Any:
         """The parameters to compute with; `fsdp` gathers them later, where they are used."""
@@ -159,8 +207,8 @@ class Parallel:
             self.places,
         )
 
-    def total(self, tree: Any, axes: tuple[str, ...] = BATCH_AXES) -> Any:
-        """Sums over the parts of the batch."""
+    def total(self, tree: Any, axes: tuple[str, ...] = MESH_AXES) -> Any:
+        """Sums over devices: over the parts of the batch and a pipeline's ranks, or over `axes`."""
         if self.specs is None:
             return tree
         return jax.tree.map(lambda x: sharding.add_up(x, axes, self.rules), tree)
@@ -172,7 +220,7 @@ class Parallel:
         squares: dict[tuple[str, ...], jax.Array] = {}
         for g, place in zip(jax.tree.leaves(gradients), jax.tree.leaves(self.places), strict=True):
             held = set(jax.tree.leaves(tuple(place)))
-            axes = tuple(a for a in BATCH_AXES if a in held)
+            axes = tuple(a for a in MESH_AXES if a in held)
             squares[axes] = squares.get(axes, jnp.zeros((), g.dtype)) + jnp.sum(jnp.square(g))
         return jnp.sqrt(sum(self.total(x, axes) for axes, x in squares.items()))
 
@@ -183,7 +231,7 @@ def train_step(
     state: TrainState,
     tokens_MBS: jax.Array,
     segments_MBS: jax.Array,
-    n_micro: jax.Array,
+    amount: jax.Array | Orders,
 ) -> tuple[TrainState, Metrics]:
     """The step as one device's program: its rows, and its part of the state; see
     `make_train_step`."""
@@ -192,9 +240,11 @@ def train_step(
     mtp_weight = piecewise(cfg.mtp_weight)(tokens)
     bias_speed = _bias_speed(cfg, tokens)
 
+    n_micro = amount.n_micro if isinstance(amount, Orders) else amount
     scale = _scale(cfg, parallel, segments_MBS, n_micro, mtp_weight)
-    gradients, parts = _accumulate(cfg, parallel, state, tokens_MBS, segments_MBS, n_micro, scale)
-    gradients, passes = parallel.reduce(gradients), parallel.total(parts.extra_passes, ("data",))
+    gradients, parts = _gradients(cfg, parallel, state, tokens_MBS, segments_MBS, amount, scale)
+    # Devices that exchange tokens take their passes together.
+    passes = parallel.total(parts.extra_passes, ("pipe", "data"))
     parts = replace(parallel.total(parts), extra_passes=passes)
     grad_norm = parallel.norm(gradients)
     committed = jnp.isfinite(parts.main + parts.mtp + parts.balance) & jnp.isfinite(grad_norm)
@@ -273,12 +323,43 @@ def _scale(
     """Divisors of the whole batch: its targets and sequences over the micro-batches in use."""
     mask_MBT = objective.target_mask(segments_MBS, isolate_documents=cfg.data.isolate_documents)
     used_M = jnp.arange(segments_MBS.shape[0]) < n_micro
-    n_targets = parallel.total(jnp.sum(mask_MBT & used_M[:, None, None], dtype=jnp.int32))
+    n_targets = parallel.total(
+        jnp.sum(mask_MBT & used_M[:, None, None], dtype=jnp.int32), BATCH_AXES
+    )
     return Scale(
         n_targets=jnp.maximum(n_targets, 1).astype(jnp.float32),
         n_sequences=(n_micro * segments_MBS.shape[1] * parallel.shards).astype(jnp.float32),
         mtp_weight=mtp_weight,
     )
+
+
+def _gradients(
+    cfg: ExperimentConfig,
+    parallel: Parallel,
+    state: TrainState,
+    tokens_MBS: jax.Array,
+    segments_MBS: jax.Array,
+    amount: jax.Array | Orders,
+    scale: Scale,
+) -> tuple[Any, LossParts]:
+    """The batch's FP32 gradients, as parameters are stored, and this device's loss parts."""
+    if isinstance(amount, Orders):
+        assert parallel.plan is not None
+        return step_gradients(
+            cfg,
+            parallel.rules,
+            parallel.plan,
+            parallel.specs,
+            parallel.places,
+            state.params,
+            state.router_state,
+            tokens_MBS,
+            segments_MBS,
+            amount,
+            scale,
+        )
+    gradients, parts = _accumulate(cfg, parallel, state, tokens_MBS, segments_MBS, amount, scale)
+    return parallel.reduce(gradients), parts
 
 
 def _accumulate(

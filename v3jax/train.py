@@ -26,7 +26,6 @@ import numpy as np
 from absl import flags, logging
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from v3jax import checkpoint, cli, config, cost, host, processes, registry
 from v3jax.config import ExperimentConfig
@@ -47,7 +46,7 @@ from v3jax.state import (
     state_around,
     state_shardings,
 )
-from v3jax.step import make_eval_step, make_train_step
+from v3jax.step import amount_of, amount_specs, make_eval_step, make_train_step
 from v3jax.summary import write_report, write_samples
 
 _EXP = flags.DEFINE_string("exp", None, "Registered experiment, or path/to/file.py of your own.")
@@ -269,14 +268,16 @@ class Feed:
     def __init__(self, cfg: ExperimentConfig, mesh: Mesh) -> None:
         n_micro = cfg.batch.end // cfg.batch.micro_batch
         self._shape = (n_micro, cfg.batch.micro_batch, cfg.data.seq_len + 1)
-        self._whole = NamedSharding(mesh, P())
+        self._cfg = cfg
+        self._amounts = jax.tree.map(lambda spec: NamedSharding(mesh, spec), amount_specs(cfg))
         self.place = NamedSharding(mesh, rules_of(cfg).spec(None, "batch", None))
         """Where a batch `[M, B, S]` lives."""
         self.rows = processes.held(self.place, self._shape, axis=1)
         """The rows of a micro-batch that devices of this process hold."""
 
-    def on_devices(self, batch: HostBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Tokens and segments `[M, B, S]`, each device with its rows alone, and `n_micro`."""
+    def on_devices(self, batch: HostBatch) -> tuple[jax.Array, jax.Array, Any]:
+        """Tokens and segments `[M, B, S]`, each device with its rows alone, and how many of the
+        micro-batches there are."""
         tokens_MBS, segments_MBS = (
             processes.joined(self.place, self._shape, 1, self.rows, rows_MRS)
             for rows_MRS in (batch.tokens_MRS, batch.segments_MRS)
@@ -284,7 +285,7 @@ class Feed:
         return (
             tokens_MBS,
             segments_MBS,
-            processes.placed(np.asarray(batch.n_micro, np.int32), self._whole),
+            jax.tree.map(processes.placed, amount_of(self._cfg, batch.n_micro), self._amounts),
         )
 
 
@@ -298,7 +299,10 @@ class Evaluation:
         self._rows = min(cfg.run.eval_sequences, len(dataset.heldout.tokens_NS))
         self._dataset = dataset
         self._bytes = dataset.heldout_bytes(self._rows)
-        self._shape = (cfg.batch.micro_batch, cfg.data.seq_len + 1)
+        # A pipeline takes as many micro-batches at once as keep it busy.
+        n_micro = min(2 * cfg.mesh.pipe, -(-self._rows // cfg.batch.micro_batch))
+        n_micro = n_micro if cfg.mesh.pipe > 1 else 1
+        self._shape = (n_micro * cfg.batch.micro_batch, cfg.data.seq_len + 1)
         self._place = NamedSharding(mesh, rules_of(cfg).spec("batch", None))
         self._held = processes.held(self._place, self._shape, axis=0)
 
@@ -322,7 +326,7 @@ class Evaluation:
 
     def _nats(self, params: Any, router_state: Any) -> tuple[float, int]:
         """Summed over fixed-size batches; a last one is filled up with padding rows."""
-        size = self._cfg.batch.micro_batch
+        size = self._shape[0]
         nats, count = 0.0, 0
         held = self._dataset.heldout
         for start in range(0, self._rows, size):

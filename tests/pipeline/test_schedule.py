@@ -105,6 +105,29 @@ def test_few_micro_batches_are_a_schedule_too(name: str) -> None:
     assert max(simulate(schedule).peak_live_R) <= SHORT[name]
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("n_micro", [*range(1, 20), 24, 33])
+def test_every_schedule_can_be_fitted_to_any_number(name: str, n_micro: int) -> None:
+    """As far as the schedule takes the number itself, unchanged."""
+    ranks = 4 if name == "dualpipev" else 8
+    schedule = sched.fitted(name, ranks, n_micro)
+    check(schedule)
+    assert schedule.n_micro == n_micro
+    if "dualpipe" in name:
+        assert max(simulate(schedule).peak_live_R) <= min(9, 2 * n_micro)
+        if n_micro < 2 * ranks or (name == "dualpipe" and n_micro % 2):
+            return
+    assert schedule.instructions == SCHEDULES[name](ranks, n_micro).instructions
+
+
+def test_forwards_alone() -> None:
+    schedule = sched.forwards(sched.fitted("dualpipev", 4, 3))
+    ops = Counter(op for some in schedule.instructions for i in some for op in i)
+    assert len(ops) == 2 * 3
+    assert {op.kind for op in ops} == {"F"}
+    assert set(ops.values()) == {4}
+
+
 def test_gpipe_keeps_all_micro_batches() -> None:
     found = simulate(sched.gpipe(4, 10))
     assert found.bubble_R == (9.0,) * 4

@@ -7,9 +7,9 @@ import pytest
 
 from tests.pipeline import schedules
 from v3jax.pipeline import table as tables
-from v3jax.pipeline.schedule import SCHEDULES, Place, reported_peak
+from v3jax.pipeline.schedule import SCHEDULES, Place, fitted, forwards, reported_peak
 from v3jax.pipeline.table import FORWARD, INPUTS, WEIGHTS, Table, make_table
-from v3jax.pipeline.ticks import lockstep
+from v3jax.pipeline.ticks import abreast, lockstep
 
 SIZES = [(2, 4), (4, 8), (4, 14), (8, 20)]
 
@@ -101,7 +101,18 @@ class Machine:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(("stages", "n_micro"), SIZES)
 def test_every_value_is_where_it_is_wanted(name: str, stages: int, n_micro: int, fb: float) -> None:
-    table = made(name, stages, n_micro, fb=fb)
+    check(made(name, stages, n_micro, fb=fb))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("n_micro", [1, 3, 6, 9])
+def test_few_or_odd_micro_batches_and_masked_ticks(name: str, n_micro: int) -> None:
+    schedule = fitted(name, 4, n_micro)
+    check(make_table(lockstep(schedule)))
+    check(make_table(abreast(schedule)))
+
+
+def check(table: Table) -> None:
     machine = Machine(table)
     machine.run()
     schedule = table.schedule
@@ -112,6 +123,17 @@ def test_every_value_is_where_it_is_wanted(name: str, stages: int, n_micro: int,
         for micro in schedule.micros(direction)
     ]
     assert sorted(machine.weights) == wanted
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
+def test_forwards_alone_keep_nothing(name: str) -> None:
+    schedule = forwards(fitted(name, 4, 5))
+    table = make_table(lockstep(schedule))
+    assert table.slots["saved"] == table.slots["found"] == table.slots["loss"] == 0
+    assert (table.ranks["run"] & ~FORWARD == 0).all()
+    assert sorted(table.loss_SD[table.loss_SD >= 0]) == list(range(5))
+    assert (table.back_SD == -1).all()
+    assert table.n_ticks <= 5 * schedule.n_stages / 4 + 7
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe", "dualpipev"])

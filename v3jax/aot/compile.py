@@ -29,7 +29,7 @@ from v3jax.aot.targets import Target
 from v3jax.config import ExperimentConfig
 from v3jax.sharding import BATCH_AXES, make_mesh
 from v3jax.state import TrainState, abstract_state
-from v3jax.step import make_train_step
+from v3jax.step import abstract_amount, make_train_step
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def compile_step(cfg: ExperimentConfig, mesh: Mesh, target: Target) -> Compiled 
         batch = jax.ShapeDtypeStruct(
             shape, np.int32, sharding=NamedSharding(mesh, P(None, BATCH_AXES))
         )
-        count = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, P()))
-        traced = make_train_step(cfg, mesh).trace(abstract_state(cfg, mesh), batch, batch, count)
+        amount = abstract_amount(cfg, mesh)
+        traced = make_train_step(cfg, mesh).trace(abstract_state(cfg, mesh), batch, batch, amount)
         lowered = traced.lower(lowering_platforms=(target.platform,))
     middle = time.perf_counter()
     compiled, refusal = None, ""

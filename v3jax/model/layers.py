@@ -28,6 +28,13 @@ def master_dtype(numerics: NumericsConfig) -> jnp.dtype:
     return jnp.promote_types(compute_dtype(numerics), jnp.float32)
 
 
+def type_of(name: str, numerics: NumericsConfig) -> jnp.dtype:
+    """The type that a parameter of this path is computed with: of matrices the compute type, of
+    norms' weights and the router's gate the master type."""
+    wide = "norm" in name or "gate'" in name
+    return master_dtype(numerics) if wide else compute_dtype(numerics)
+
+
 def whole(
     value: jax.Array, shape: tuple[int, ...], dtype: Any, rules: ShardingRules, *axes: str | None
 ) -> jax.Array:

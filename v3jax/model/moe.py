@@ -96,8 +96,12 @@ class Experts(Module):
     ) -> tuple[jax.Array, ExchangeStats]:
         cfg, moe = self.cfg, self.rules.moe
         if expert_shards > 1:
-            keep = self.numerics.remat != "full"
-            return routed_experts(cfg, moe, x_ND, experts_NK, gates_NK, gate_up, down, keep=keep)
+            halves = self.rules.halves
+            return routed_experts(
+                *(cfg, moe, x_ND, experts_NK, gates_NK, gate_up, down),
+                keep=halves or self.numerics.remat != "full",
+                halves=halves,
+            )
         stats, capped = no_exchange(), moe.capacity_factor is not None
         if moe.capacity_factor is not None:
             experts_NK, dropped = drop_beyond_capacity(

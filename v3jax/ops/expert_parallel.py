@@ -146,6 +146,7 @@ def routed_experts(
     down_LFD: jax.Array,
     *,
     keep: bool = True,
+    halves: bool = False,
 ) -> tuple[jax.Array, ExchangeStats]:
     """The gated sum of each token's experts, `[N, D]`, wherever they are.
 
@@ -154,6 +155,8 @@ def routed_experts(
       experts_NK: their experts, int32, over all devices; each token's are distinct.
       gate_up_LDF, down_LFD: this device's experts, the `L` from `L * (node * ranks + rank)` on.
       keep: whether the first pass keeps what its gradient needs.
+      halves: whether gradients of the experts' weights can be computed apart from the others, at
+        the price of running extra passes forward for each.
     """
     n_nodes, n_ranks = lax.axis_size("node"), lax.axis_size("expert")
     dropped = jnp.zeros((), jnp.int32)
@@ -169,7 +172,7 @@ def routed_experts(
         part = slice(int(chunk[0]), int(chunk[-1]) + 1)
         plan = make_plan(model, moe, chunk.size, n_nodes, n_ranks)
         out, stat = _all_passes(
-            plan, keep, x_ND[part], experts_NK[part], gates_NK[part], gate_up_LDF, down_LFD
+            plan, keep, halves, x_ND[part], experts_NK[part], gates_NK[part], gate_up_LDF, down_LFD
         )
         outs.append(out)
         stats.append(stat)
@@ -206,22 +209,25 @@ def drop_beyond_capacity(
     return jnp.where(kept_NK, experts_NK, n_experts), jnp.sum(~kept_NK, dtype=jnp.int32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _all_passes(
     plan: Plan,
     keep: bool,
+    halves: bool,
     x_ND: jax.Array,
     experts_NK: jax.Array,
     gates_NK: jax.Array,
     gate_up_LDF: jax.Array,
     down_LFD: jax.Array,
 ) -> tuple[jax.Array, ExchangeStats]:
-    return _all_passes_fwd(plan, keep, x_ND, experts_NK, gates_NK, gate_up_LDF, down_LFD)[0]
+    arrays = (x_ND, experts_NK, gates_NK, gate_up_LDF, down_LFD)
+    return _all_passes_fwd(plan, keep, halves, *arrays)[0]
 
 
 def _all_passes_fwd(
     plan: Plan,
     keep: bool,
+    halves: bool,
     x_ND: jax.Array,
     experts_NK: jax.Array,
     gates_NK: jax.Array,
@@ -249,17 +255,23 @@ def _all_passes_fwd(
     return (out_ND, stats), (pull, n_passes, experts_NK, floats)
 
 
-def _all_passes_bwd(plan: Plan, keep: bool, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+def _all_passes_bwd(
+    plan: Plan, keep: bool, halves: bool, residuals: Any, cotangents: Any
+) -> tuple[Any, ...]:
     pull, n_passes, experts_NK, floats = residuals
     dout_ND = cotangents[0]
-
-    def again(p: jax.Array, total: Any) -> Any:
-        _, pull_again = jax.vjp(_pass(plan, experts_NK, n_passes, p), *floats)
-        return jax.tree.map(jnp.add, total, pull_again(dout_ND))
-
     gradients = jax.tree.map(jnp.zeros_like, floats) if pull is None else pull(dout_ND)
+
+    def later_passes(which: slice) -> Any:
+        def again(p: jax.Array, total: Any) -> Any:
+            _, pull_again = jax.vjp(_pass(plan, experts_NK, n_passes, p), *floats)
+            return jax.tree.map(jnp.add, total, pull_again(dout_ND)[which])
+
+        return lax.fori_loop(0 if pull is None else 1, n_passes, again, gradients[which])
+
     if plan.max_passes > 1:
-        gradients = lax.fori_loop(0 if pull is None else 1, n_passes, again, gradients)
+        parts = (slice(2), slice(2, None)) if halves else (slice(None),)
+        gradients = sum((later_passes(part) for part in parts), start=())
     dx_ND, dgates_NK, dgate_up_LDF, ddown_LFD = gradients
     return dx_ND, None, dgates_NK, dgate_up_LDF, ddown_LFD
 

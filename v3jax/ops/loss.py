@@ -64,12 +64,26 @@ def split_head_gradients(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     axis: str,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """`(loss, nll_BT, dhidden_BTD, dhead_Dv)` of `linear_cross_entropy` where the vocabulary is
-    split over a mesh axis, inside `jax.shard_map`; all but the last are the same on all devices."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`(nll_BT, dhidden_BTD, dhead_Dv)` of `linear_cross_entropy` where the vocabulary is split
+    over a mesh axis, inside `jax.shard_map`; all but the last, which is as wide as sums are, are
+    the same on all devices. `dhidden` is added up over the axis in the type of `hidden`."""
     inputs = (hidden_BTD, head_Dv, targets_BT, weights_BT)
-    (loss, nll_BT), (dhidden_BTD, dhead_Dv) = _fwd(*inputs, axis)
-    return loss, nll_BT, jax.lax.psum(dhidden_BTD, axis), dhead_Dv
+    (_, nll_BT), (dhidden_BTD, dhead_Dv) = _gradients(*inputs, axis)
+    return nll_BT, jax.lax.psum(dhidden_BTD, axis), dhead_Dv
+
+
+def split_head_nll(
+    hidden_BTD: jax.Array, head_Dv: jax.Array, targets_BT: jax.Array, axis: str
+) -> jax.Array:
+    """`split_head_gradients`' `nll_BT` alone."""
+    targets_BT -= jax.lax.axis_index(axis) * head_Dv.shape[1]
+    ones_BT = jnp.ones(targets_BT.shape, wide(hidden_BTD))
+    nlls = jax.lax.map(
+        lambda c: _chunk_loss(c[0], head_Dv, c[1], c[2], axis)[1],
+        _chunked(hidden_BTD, targets_BT, ones_BT),
+    )
+    return _unchunk(nlls)
 
 
 def _chunk_loss(
@@ -99,7 +113,7 @@ def _chunk_loss(
 _Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
-def _fwd(
+def _gradients(
     hidden_BTD: jax.Array,
     head_DV: jax.Array,
     targets_BT: jax.Array,
@@ -133,7 +147,14 @@ def _fwd(
         (loss, dhead_DV), (nlls, dhiddens) = jax.lax.scan(
             one_chunk, start, _chunked(hidden_BTD, targets_BT, weights_BT)
         )
-    return (loss, _unchunk(nlls)), (_unchunk(dhiddens), dhead_DV.astype(head_DV.dtype))
+    return (loss, _unchunk(nlls)), (_unchunk(dhiddens), dhead_DV)
+
+
+def _fwd(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    outputs, (dhidden_BTD, dhead_DV) = _gradients(hidden_BTD, head_DV, targets_BT, weights_BT)
+    return outputs, (dhidden_BTD, dhead_DV.astype(head_DV.dtype))
 
 
 def _bwd(

@@ -1,200 +1,182 @@
-"""One step's gradients through a pipeline: one program, which every rank runs (report 3.2.1).
+"""One step through a pipeline: one program, which every rank runs (report section 3.2.1).
 
-A loop over the ticks of a `Table`. In each, messages of the tick before arrive, embeddings are
-looked up for what enters, every rank runs its operations, and losses are taken of what came out.
-Only the operations differ between ranks; everything that all ranks take part in, messages, the
+A loop over the ticks of a step's `Orders`. In each, messages of the tick before arrive, embeddings
+are looked up for what enters, every rank runs its operations, and losses are taken of what came
+out. Only the operations differ between ranks; everything that all ranks take part in, messages, the
 embedding and the head, whose vocabulary is split over the ranks, stands outside of what differs. A
-rank's layers run in a loop over its slots. Their backward pass is in two halves (`split`); the
-dense layers and the MTP modules, of which only the ends have any, run again in one.
+rank's layers run in a loop over its slots, a forward and a backward pass side by side if a tick has
+both, so that the exchange of tokens of one can run beside the products of the other (figure 4).
+Their backward pass is in two halves (`split`); the dense layers and the MTP modules, of which only
+the ends have any, run again in one.
 Dims: S ticks, M micro-batches, B sequences, T positions, D model, N slots of a rank's layers, Q of
 a chunk, K MTP modules, V vocabulary, v a rank's part of it, L MoE layers, E experts.
 """
 
-from dataclasses import replace
-from typing import Any, cast
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from v3jax import objective
+from v3jax import objective, sharding
 from v3jax.config import ExperimentConfig
-from v3jax.model.block import Block, rematerialised
-from v3jax.model.layers import compute_dtype, master_dtype
-from v3jax.model.moe import RouterStats
-from v3jax.model.mtp import MTPModule, known
+from v3jax.model.layers import compute_dtype, master_dtype, type_of
 from v3jax.objective import LossParts, Scale
 from v3jax.ops.embedding import add_to_split, embed_split
-from v3jax.ops.loss import split_head_gradients
-from v3jax.ops.norm import rms_norm
-from v3jax.pipeline.split import Split, split
-from v3jax.pipeline.stages import Layout
-from v3jax.pipeline.table import FORWARD, INPUTS, WEIGHTS, Table
+from v3jax.ops.loss import split_head_gradients, split_head_nll
+from v3jax.pipeline.placement import from_ranks, to_ranks
+from v3jax.pipeline.plan import Orders, Plan
+from v3jax.pipeline.stage import Stage
+from v3jax.pipeline.table import FORWARD, INPUTS, WEIGHTS
 from v3jax.sharding import ShardingRules
 
 _AXIS = "pipe"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a rank computes with, in the types of computation."""
+
+    layers_N: Any
+    """Its MoE layers, stacked."""
+    ends: Any
+    """`dense_layers`, `norm` and `mtp_layers_*`, which every rank has."""
+    embed_vD: jax.Array
+    """Its part of the vocabulary."""
+    head_Dv: jax.Array
+
+
+def gather(
+    cfg: ExperimentConfig, rules: ShardingRules, plan: Plan, specs: Any, places: Any, params: Any
+) -> Weights:
+    """A rank's weights from the stored parts of all, inside `jax.shard_map`."""
+
+    def whole(path: Any, p: jax.Array, spec: Any, place: Any) -> jax.Array:
+        dtype = type_of(jax.tree_util.keystr(path), cfg.numerics)
+        if path[0].key == "moe_layers":
+            return to_ranks(p, spec, place, plan.layout, rules, dtype)
+        return sharding.gather(p, spec, place, rules, dtype)
+
+    found = jax.tree_util.tree_map_with_path(whole, params, specs, places)
+    ends = {k: v for k, v in found.items() if k not in ("moe_layers", "embed_tokens", "lm_head")}
+    return Weights(found["moe_layers"], ends, found["embed_tokens"], found["lm_head"])
+
+
+def step_gradients(
+    cfg: ExperimentConfig,
+    rules: ShardingRules,
+    plan: Plan,
+    specs: Any,
+    places: Any,
+    params: Any,
+    router_state: Any,
+    tokens_MBS: jax.Array,
+    segments_MBS: jax.Array,
+    orders: Orders,
+    scale: Scale,
+) -> tuple[Any, LossParts]:
+    """The batch's FP32 gradients, the stored part of them, and this device's share of the loss's
+    parts, inside `jax.shard_map`, manual over all axes of the mesh.
+
+    Args:
+      specs, places: where parameters are computed with and stored, of the tree `params`.
+    """
+    weights = gather(cfg, rules, plan, specs, places, params)
+    program = Program(
+        cfg, rules, plan, weights, router_state, tokens_MBS, segments_MBS, orders, scale
+    )
+    found, parts = program.run()
+    gradients = found["ends"] | {"embed_tokens": found["embed"], "lm_head": found["head"]}
+    reduced = {
+        name: jax.tree.map(
+            lambda g, spec, place: sharding.reduce(g, spec, place, rules),
+            gradient,
+            specs[name],
+            places[name],
+        )
+        for name, gradient in gradients.items()
+    }
+    n_layers = cfg.model.n_moe_layers
+    reduced["moe_layers"] = jax.tree.map(
+        lambda g, spec, place: from_ranks(g, spec, place, plan.layout, n_layers, rules),
+        found["layers"],
+        specs["moe_layers"],
+        places["moe_layers"],
+    )
+    return reduced, parts
 
 
 class Program:
     """What a rank does, inside `jax.shard_map`, manual over all axes of the mesh.
 
     Args:
-      layers_N: a rank's MoE layers, stacked, in the types they are computed with.
-      ends: `dense_layers`, `norm` and `mtp_layers_*`, which every rank has.
-      embed_vD, head_Dv: this rank's part of the vocabulary.
+      orders: the rank's own column of them.
     """
 
     def __init__(
         self,
         cfg: ExperimentConfig,
         rules: ShardingRules,
-        table: Table,
-        where: Layout,
-        layers_N: Any,
-        ends: Any,
-        embed_vD: jax.Array,
-        head_Dv: jax.Array,
+        plan: Plan,
+        weights: Weights,
         router_state: Any,
         tokens_MBS: jax.Array,
         segments_MBS: jax.Array,
+        orders: Orders,
         scale: Scale,
     ) -> None:
-        self.cfg, self.table, self.where = cfg, table, where
-        self.rules = replace(rules, storage="whole")  # weights have been gathered for the step
-        self.layers_N, self.ends = layers_N, ends
-        self.embed_vD, self.head_Dv = embed_vD, head_Dv
-        self.router_state, self.scale = router_state, scale
+        self.cfg, self.plan, self.orders = cfg, plan, orders
+        self.weights, self.scale = weights, scale
         self.tokens_MBS, self.segments_MBS = tokens_MBS, segments_MBS
         self.rank = jax.lax.axis_index(_AXIS)
-        self.n_ranks = jax.lax.axis_size(_AXIS)
         self.dtype = compute_dtype(cfg.numerics)
-        _, batch, length = tokens_MBS.shape
-        self.x_shape = (batch, length - 1, cfg.model.dim)
+        self.wide = master_dtype(cfg.numerics)
+        _, self.batch, length = tokens_MBS.shape
+        self.x_shape = (self.batch, length - 1, cfg.model.dim)
+        self.row_shape = (self.batch, length, cfg.model.dim)
         self.depth = cfg.model.mtp_depth
-        self.alpha = objective.balance_alpha(cfg) / scale.n_sequences.astype(self._wide)
-        self.layer = self._split_layer()
-
-    # ---- Layers
-
-    def _split_layer(self) -> Split:
-        """A MoE layer's passes."""
-        cfg = self.cfg
-        block = rematerialised(cfg.numerics, in_scan=True)(
-            cfg.model, cfg.numerics, self.rules, moe=True, parent=None
-        )
-
-        def f(params: Any, x_BTD: jax.Array, bias_E: Any, segments_BS: jax.Array) -> Any:
-            variables = {"params": params, "router_state": bias_E}
-            y_BTD, stats = cast(Any, block).apply(variables, x_BTD, *self._shared(segments_BS))
-            return (y_BTD, objective.balance_of(cfg, stats)), stats
-
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), self.layers_N)
-        bias = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), self.router_state["moe_layers"]
-        )
-        x = jax.ShapeDtypeStruct(self.x_shape, self.dtype)
-        segments = jax.ShapeDtypeStruct(self.segments_MBS.shape[1:], self.segments_MBS.dtype)
-        return split(f, shapes, x, bias, segments)
-
-    def _shared(self, segments_BS: jax.Array) -> tuple[Any, ...]:
-        """Positions, segments and what counts, as a block takes them."""
-        inputs_BT = segments_BS[:, :-1]
-        isolated = inputs_BT if self.cfg.data.isolate_documents else None
-        return jnp.arange(inputs_BT.shape[1]), isolated, inputs_BT > 0
-
-    def _dense(self, ends: Any, x_BTD: jax.Array, segments_BS: jax.Array) -> jax.Array:
-        """The dense layers."""
-        cfg = self.cfg
-        block = Block(cfg.model, cfg.numerics, self.rules, moe=False, parent=None)
-        for i in range(cfg.model.n_dense_layers):
-            params = jax.tree.map(lambda a, i=i: a[i], ends["dense_layers"])
-            x_BTD, _ = cast(Any, block).apply({"params": params}, x_BTD, *self._shared(segments_BS))
-        return x_BTD
-
-    def _out(
-        self, ends: Any, x_BTD: jax.Array, ahead_BSD: jax.Array, segments_BS: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], list[RouterStats]]:
-        """What the head reads, `[1 + K, B, T, D]`, and the modules' balance loss."""
-        cfg = self.cfg
-        positions_T, isolated, _ = self._shared(segments_BS)
-        length = len(positions_T)
-        h_BTD = rms_norm(x_BTD, ends["norm"], cfg.model.norm_eps)
-        hidden, stats = [h_BTD], []
-        for k in range(1, self.depth + 1):
-            known_BT = known(segments_BS > 0, k)
-            name = f"mtp_layers_{k - 1}"
-            module = MTPModule(cfg.model, cfg.numerics, self.rules, parent=None)
-            variables = {"params": ends[name], "router_state": self.router_state[name]}
-            ahead_BTD = jnp.roll(ahead_BSD, -k, axis=1)[:, :length]
-            h_BTD, stat = cast(Any, module).apply(
-                variables, h_BTD, ahead_BTD, positions_T, isolated, known_BT
-            )
-            hidden.append(h_BTD)
-            stats.append(stat)
-        balance = sum(
-            (objective.balance_of(cfg, s) for s in stats), start=jnp.zeros((), self._wide)
-        )
-        return (jnp.stack(hidden), balance), stats
-
-    @property
-    def _wide(self) -> jnp.dtype:
-        return master_dtype(self.cfg.numerics)
+        self.alpha = objective.balance_alpha(cfg) / scale.n_sequences.astype(self.wide)
+        # Weights have been gathered for the step.
+        own = replace(rules, storage="whole", halves=plan.backward)
+        self.stage = Stage(cfg, own, weights.layers_N, router_state, segments_MBS.shape[1:])
+        if not plan.masked:
+            self.stage.check(weights.ends)
 
     # ---- The loop
 
-    def gradients(self) -> tuple[Any, LossParts]:
-        """This rank's gradients, as the arguments are, and its share of the loss's parts; shares of
-        all ranks add up to the devices' own rows'."""
-        fields = {
-            name: jnp.take(jnp.asarray(array_SR), self.rank, axis=1)
-            for name, array_SR in self.table.ranks.items()
-        }
-        ends = {
-            name: jnp.asarray(getattr(self.table, f"{name}_SD"))
-            for name in ("enter", "loss", "back", "leave")
-        }
+    def run(self) -> tuple[Any, LossParts]:
+        """This rank's gradients, `layers`, `ends`, `embed` and `head` as `Weights` has them, and
+        its share of the loss's parts; shares of all ranks add up to the devices' own rows'. Of a
+        plan without backward passes there are no gradients."""
 
-        def tick(state: Any, row: tuple[Any, Any]) -> tuple[Any, None]:
-            return self._tick(state, *row), None
+        def tick(t: jax.Array, state: Any) -> Any:
+            orders = self.orders
+            field = {name: array_SR[t, 0] for name, array_SR in orders.ranks.items()}
+            ends = {name: array_SD[t] for name, array_SD in orders.ends.items()}
+            return self._tick(state, field, ends, orders.any_S[t])
 
-        state, _ = jax.lax.scan(tick, self._start(), (fields, ends))
-        return state["gradients"], state["parts"]
+        state = jax.lax.fori_loop(0, self.orders.n_ticks, tick, self._start())
+        return state.get("gradients"), state["parts"]
 
     def _start(self) -> Any:
-        slots, model = self.table.slots, self.cfg.model
+        slots, model = self.plan.slots, self.cfg.model
         x = jnp.zeros(self.x_shape, self.dtype)
+        row = jnp.zeros(self.row_shape, self.dtype)
         hidden = jnp.zeros((1 + self.depth, *self.x_shape), self.dtype)
-        row = jnp.zeros((*self.tokens_MBS.shape[1:], model.dim), self.dtype)
-        per_chunk = self.where.layers_RCQ.shape[-1]
+        per_chunk = self.plan.layout.layers_RCQ.shape[-1]
+        spare = int(self.plan.masked)  # for what was computed and not asked for
 
         def pool(n: int, shapes: Any, *lead: int) -> Any:
             return jax.tree.map(lambda a: jnp.zeros((n, *lead, *a.shape), a.dtype), shapes)
 
-        zero = jnp.zeros((), self._wide)
+        zero = jnp.zeros((), self.wide)
         n_routers = model.n_moe_layers + model.mtp_depth
-        gradients = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, self._wide),
-            {
-                "layers": self.layers_N,
-                "ends": self.ends,
-                "embed": self.embed_vD,
-                "head": self.head_Dv,
-            },
-        )
-        return {
+        state = {
             "x": pool(slots["x"] + 1, x),
-            "g": pool(slots["g"] + 1, x),
-            "loss": pool(slots["loss"] + 1, hidden),
-            # The inputs of the first stage and of the modules go with what the layers save.
-            "saved": (
-                pool(slots["saved"], self.layer.saved, per_chunk),
-                pool(slots["saved"], {"in": x, "out": x, "ahead": row}),
-            ),
-            "found": pool(slots["found"], self.layer.found, per_chunk),
             "sent_x": x,
-            "sent_g": x,
             "hidden": hidden,
-            "of_row": row,
-            "gradients": gradients,
             "parts": LossParts(
                 main=zero,
                 mtp=zero,
@@ -205,253 +187,130 @@ class Program:
                 dropped=jnp.zeros((), jnp.int32),
             ),
         }
+        if not self.plan.backward:
+            return state
+        weights = self.weights
+        named = {
+            "layers": weights.layers_N,
+            "ends": weights.ends,
+            "embed": weights.embed_vD,
+            "head": weights.head_Dv,
+        }
+        saved = slots["saved"] + spare
+        return state | {
+            "g": pool(slots["g"] + 1, x),
+            "loss": pool(slots["loss"] + 1, hidden),
+            "saved": pool(saved, self.stage.layer.saved, per_chunk),
+            "end": pool(
+                saved, row
+            ),  # what the ends run again: the first's input, the last's output
+            "found": pool(slots["found"] + spare, self.stage.layer.found, per_chunk),
+            "sent_g": x,
+            "of_row": row,
+            "gradients": jax.tree.map(lambda a: jnp.zeros(a.shape, self.wide), named),
+        }
 
-    def _tick(self, state: Any, field: Any, ends: Any) -> Any:
+    def _tick(self, state: Any, field: Any, ends: Any, together: jax.Array) -> Any:
         state = self._arrived(state, field)
-        run = field["run"]
-        entering = self._looked_up(ends["enter"])
-        ahead = self._looked_up(ends["loss"]) if self.depth else entering
-        for bit, operation in (
-            (INPUTS, self._inputs),
-            (WEIGHTS, self._weights),
-            (FORWARD, lambda s, e: self._forward(s, e, entering, ahead)),
-        ):
-            state = jax.lax.cond(run & bit > 0, operation, lambda s, e: s, state, field)
+        rows = {name: self._looked_up(ends[name]) for name in self._looks_up}
+        does = {bit: field["run"] & bit > 0 for bit in (FORWARD, INPUTS, WEIGHTS)}
+        some = {bit: together & bit > 0 for bit in does}
+        side = _Side(self, field, ends, does, some)
+        x_BTD = side.forward_in(state, rows["enter"])
+        if not self.plan.backward:
+            x_BTD, parts = side.forward_alone(x_BTD, state["parts"])
+            state = side.forward_out(state | {"parts": parts}, x_BTD, rows)
+            return self._losses(state, field, ends["loss"])
+        state, g_BTD = side.backward_in(state, rows)
+        carried = {name: state[name] for name in ("saved", "found", "parts")}
+        carried |= {"x": x_BTD, "g": g_BTD, "layers": state["gradients"]["layers"]}
+        carried = side.through_layers(carried)
+        gradients = state["gradients"] | {"layers": carried["layers"]}
+        state |= {name: carried[name] for name in ("saved", "found", "parts")}
+        state |= {"gradients": gradients}
+        state = side.backward_out(state, carried["g"])
+        state = side.forward_out(state, carried["x"], rows)
         state = self._losses(state, field, ends["loss"])
         return self._embedding_gradients(state, ends)
 
+    @property
+    def _looks_up(self) -> tuple[str, ...]:
+        if not self.plan.backward:
+            return ("enter",)
+        return ("enter", "loss", "back") if self.depth else ("enter",)
+
+    # ---- What all ranks do together
+
     def _arrived(self, state: Any, field: Any) -> Any:
         """What the neighbours have sent is put into its slots."""
-        right = [(r, r + 1) for r in range(self.n_ranks - 1)]
-        left = [(r + 1, r) for r in range(self.n_ranks - 1)]
-        for what in "xg":
-            sent = state[f"sent_{what}"]
-            for side, pairs in (("left", right), ("right", left), ("here", None)):
-                used = self.table.ranks[f"{what}_{side}"] >= 0
-                if used.any():
-                    got = sent if pairs is None else jax.lax.ppermute(sent, _AXIS, pairs)
-                    slot = field[f"{what}_{side}"]
-                    state = state | {what: _put(state[what], slot, got)}
+        n_ranks = self.plan.n_ranks
+        pairs = {
+            "left": [(r, r + 1) for r in range(n_ranks - 1)],
+            "right": [(r + 1, r) for r in range(n_ranks - 1)],
+        }
+        for name in sorted(self.plan.sides):
+            what, _, side = name.partition("_")
+            got = state[f"sent_{what}"]
+            if side in pairs:
+                got = jax.lax.ppermute(got, _AXIS, pairs[side])
+            state = state | {what: put(state[what], field[name], got)}
         return state
 
     def _looked_up(self, micro_D: jax.Array) -> list[jax.Array]:
         """Embeddings `[B, S, D]` of each direction's micro-batch, zeros if there is none."""
-        zeros = jnp.zeros((*self.tokens_MBS.shape[1:], self.cfg.model.dim), self.dtype)
+        zeros = jnp.zeros(self.row_shape, self.dtype)
 
         def look_up(micro: jax.Array) -> jax.Array:
-            return embed_split(self.embed_vD, self.tokens_MBS[micro], self.dtype, _AXIS)
+            return embed_split(self.weights.embed_vD, self.tokens_MBS[micro], self.dtype, _AXIS)
 
         return [
-            jax.lax.cond(micro >= 0, look_up, lambda _: zeros, micro_D[d])
-            for d, micro in enumerate(micro_D)
+            jax.lax.cond(micro_D[d] >= 0, look_up, lambda _: zeros, micro_D[d])
+            for d in range(len(self.plan.paths))
         ]
-
-    def _of_end(self, rows: list[jax.Array], chunk: jax.Array) -> jax.Array:
-        """The row of the direction that a chunk belongs to."""
-        return rows[0] if len(rows) == 1 else jnp.where(chunk > 0, rows[1], rows[0])
-
-    def _at(self, which: int, chunk: jax.Array) -> jax.Array:
-        """Whether this rank's chunk is its direction's first (0) or last (-1) stage."""
-        places = [path[which] for path in self.table.schedule.paths]
-        return jnp.any(jnp.stack([(self.rank == p.rank) & (chunk == p.chunk) for p in places]))
-
-    def _slots_of(self, chunk: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """A chunk's slots, whether each is filled, and its layer: `[Q]` each."""
-        layers_Q = jnp.asarray(self.where.layers_RCQ)[self.rank, chunk]
-        places_Q = chunk * layers_Q.size + jnp.arange(layers_Q.size)
-        return places_Q, layers_Q >= 0, jnp.maximum(layers_Q, 0)
-
-    def _forward(
-        self, state: Any, field: Any, entering: list[jax.Array], ahead: list[jax.Array]
-    ) -> Any:
-        chunk, micro = field["f_chunk"], field["f_micro"]
-        segments_BS = self.segments_MBS[micro]
-        first, last = self._at(0, chunk), self._at(-1, chunk)
-        embedded_BTD = self._of_end(entering, chunk)[:, :-1]
-        x_BTD = jax.lax.cond(
-            first,
-            lambda x: self._dense(self.ends, embedded_BTD, segments_BS),
-            lambda x: x,
-            _get(state["x"], field["f_x"]),
-        )
-
-        def one(x_BTD: jax.Array, slot: Any) -> Any:
-            place, filled, layer = slot
-            params = jax.tree.map(lambda a: a[place], self.layers_N)
-            bias = jax.tree.map(lambda a: a[layer], self.router_state["moe_layers"])
-
-            def run(x_BTD: jax.Array) -> Any:
-                (y_BTD, balance), stats, saved = self.layer.forward(
-                    params, x_BTD, bias, segments_BS
-                )
-                return y_BTD, (balance, stats, saved)
-
-            nothing = jax.tree.map(
-                lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(run, x_BTD)[1]
-            )
-            return jax.lax.cond(filled, run, lambda x: (x, nothing), x_BTD)
-
-        places_Q, filled_Q, layers_Q = self._slots_of(chunk)
-        y_BTD, (balance_Q, stats_Q, saved) = jax.lax.scan(
-            one, x_BTD, (places_Q, filled_Q, layers_Q)
-        )
-        row = self._of_end(ahead, chunk)
-        (hidden, balance), stats = jax.lax.cond(
-            last,
-            lambda y: self._out(self.ends, y, row, segments_BS),
-            lambda y: jax.tree.map(
-                lambda a: jnp.zeros(a.shape, a.dtype),
-                jax.eval_shape(lambda y: self._out(self.ends, y, row, segments_BS), y),
-            ),
-            y_BTD,
-        )
-        inputs = {"in": embedded_BTD, "out": y_BTD, "ahead": row}
-        layers, inputs_pool = state["saved"]
-        state = state | {
-            "saved": (
-                _put(layers, field["f_saved"], saved),
-                _put(inputs_pool, field["f_saved"], inputs),
-            ),
-            "sent_x": y_BTD,
-            "hidden": hidden,
-        }
-        parts: LossParts = state["parts"]
-        # Empty slots have zeros; a stage's layers follow one another.
-        load_LE = parts.load_LE.at[layers_Q].add(stats_Q.load_E)
-        for k, stat in enumerate(stats):
-            load_LE = load_LE.at[self.cfg.model.n_moe_layers + k].add(stat.load_E)
-        exchange = [stats_Q.exchange, *(stat.exchange for stat in stats)]
-        n_routers = self.cfg.model.n_moe_layers + self.depth
-        overload = sum(e.overload.sum() for e in exchange) / n_routers
-        parts = replace(
-            parts,
-            balance=parts.balance + self.alpha * (balance_Q.sum() + balance),
-            load_LE=load_LE,
-            overload=parts.overload + overload * self.x_shape[0] / self.scale.n_sequences,
-            extra_passes=parts.extra_passes
-            + sum(e.extra_passes.sum(dtype=jnp.int32) for e in exchange),
-            dropped=parts.dropped + sum(e.dropped.sum(dtype=jnp.int32) for e in exchange),
-        )
-        return state | {"parts": parts}
-
-    def _inputs(self, state: Any, field: Any) -> Any:
-        chunk, micro = field["i_chunk"], field["i_micro"]
-        segments_BS = self.segments_MBS[micro]
-        first, last = self._at(0, chunk), self._at(-1, chunk)
-        layers, inputs = (_get(pool, field["i_saved"]) for pool in state["saved"])
-        of_balance = self.alpha
-
-        def from_loss(gradients: Any) -> Any:
-            def out(ends: Any, y: jax.Array, row: jax.Array) -> Any:
-                return self._out(ends, y, row, segments_BS)[0]
-
-            _, pull = jax.vjp(out, self.ends, inputs["out"], inputs["ahead"])
-            of_hidden = _get(state["loss"], field["i_loss"])
-            of_ends, g_BTD, of_row = pull((of_hidden, of_balance))
-            return _added(gradients, of_ends), g_BTD, of_row
-
-        def from_neighbour(gradients: Any) -> Any:
-            return gradients, _get(state["g"], field["i_g"]), jnp.zeros_like(inputs["ahead"])
-
-        of_ends, g_BTD, of_row = jax.lax.cond(
-            last, from_loss, from_neighbour, state["gradients"]["ends"]
-        )
-
-        def one(g_BTD: jax.Array, slot: Any) -> Any:
-            place, filled, saved = slot
-            params = jax.tree.map(lambda a: a[place], self.layers_N)
-
-            def run(g_BTD: jax.Array) -> Any:
-                return self.layer.inputs(params, saved, (g_BTD, of_balance))
-
-            nothing = [jnp.zeros(a.shape, a.dtype) for a in self.layer.found]
-            return jax.lax.cond(filled, run, lambda g: (g, nothing), g_BTD)
-
-        places_Q, filled_Q, _ = self._slots_of(chunk)
-        g_BTD, found = jax.lax.scan(one, g_BTD, (places_Q, filled_Q, layers), reverse=True)
-
-        def through_dense(gradients: Any, g_BTD: jax.Array) -> Any:
-            _, pull = jax.vjp(
-                lambda ends, x: self._dense(ends, x, segments_BS), self.ends, inputs["in"]
-            )
-            of_ends, of_x = pull(g_BTD)
-            return _added(gradients, of_ends), of_x
-
-        of_ends, g_BTD = jax.lax.cond(first, through_dense, lambda e, g: (e, g), of_ends, g_BTD)
-        return state | {
-            "found": _put(state["found"], field["i_found"], found),
-            "sent_g": g_BTD,
-            "of_row": of_row,
-            "gradients": state["gradients"] | {"ends": of_ends},
-        }
-
-    def _weights(self, state: Any, field: Any) -> Any:
-        layers = _get(state["saved"][0], field["w_saved"])
-        found = _get(state["found"], field["w_found"])
-
-        def one(gradients_N: Any, slot: Any) -> Any:
-            place, filled, saved, found = slot
-            params = jax.tree.map(lambda a: a[place], self.layers_N)
-
-            def run(gradients_N: Any) -> Any:
-                of_layer = self.layer.weights(params, saved, found)
-                return jax.tree.map(
-                    lambda total, g: total.at[place].add(g.astype(total.dtype)),
-                    gradients_N,
-                    of_layer,
-                )
-
-            return jax.lax.cond(filled, run, lambda g: g, gradients_N), None
-
-        places_Q, filled_Q, _ = self._slots_of(field["w_chunk"])
-        of_layers, _ = jax.lax.scan(
-            one, state["gradients"]["layers"], (places_Q, filled_Q, layers, found)
-        )
-        return state | {"gradients": state["gradients"] | {"layers": of_layers}}
-
-    # ---- What all ranks do together
 
     def _losses(self, state: Any, field: Any, micro_D: jax.Array) -> Any:
         """The loss of what has come out of the last stages, and its gradients to their slots."""
-        for d, path in enumerate(self.table.schedule.paths):
-            place = path[-1]
+        for d, path in enumerate(self.plan.paths):
+            rank = path[-1].rank
 
-            def run(state: Any, micro: jax.Array, rank: int = place.rank) -> Any:
-                mine = self.rank == rank
-                hidden = jax.lax.psum(jnp.where(mine, state["hidden"], 0), _AXIS)
-                targets, weights, factors = objective.targets_of(
-                    self.cfg, self.tokens_MBS[micro], self.segments_MBS[micro], self.scale
-                )
-                joined = jnp.concatenate(list(hidden), axis=1)
-                weighted = [w * f for w, f in zip(weights, factors, strict=True)]
-                _, nll, of_joined, of_head = split_head_gradients(
-                    joined,
-                    self.head_Dv,
-                    jnp.concatenate(targets, axis=1),
-                    jnp.concatenate(weighted, axis=1),
-                    _AXIS,
-                )
-                # On one rank, as all have the same.
-                nlls = [jnp.where(mine, n, 0) for n in objective.shares_of(nll, weights)]
-                of_hidden = jnp.stack(jnp.split(of_joined, self.depth + 1, axis=1))
-                slot = jnp.where(mine, field["loss"], -1)
-                gradients = state["gradients"]
-                parts: LossParts = state["parts"]
-                mtp = sum(nlls[1:], start=jnp.zeros(())) / max(self.depth, 1)
-                return state | {
-                    "loss": _put(state["loss"], slot, of_hidden),
-                    "gradients": gradients | {"head": gradients["head"] + of_head},
-                    "parts": replace(parts, main=parts.main + nlls[0], mtp=parts.mtp + mtp),
-                }
+            def run(state: Any, micro: jax.Array, rank: int = rank) -> Any:
+                return self._loss(state, field, micro, self.rank == rank)
 
             state = jax.lax.cond(micro_D[d] >= 0, run, lambda s, m: s, state, micro_D[d])
         return state
+
+    def _loss(self, state: Any, field: Any, micro: jax.Array, mine: jax.Array) -> Any:
+        hidden = jax.lax.psum(jnp.where(mine, state["hidden"], 0), _AXIS)
+        targets, weights, factors = objective.targets_of(
+            self.cfg, self.tokens_MBS[micro], self.segments_MBS[micro], self.scale
+        )
+        joined = jnp.concatenate(list(hidden), axis=1)
+        all_targets = jnp.concatenate(targets, axis=1)
+        head_Dv = self.weights.head_Dv
+        if self.plan.backward:
+            weighted = [w * f for w, f in zip(weights, factors, strict=True)]
+            nll, of_joined, of_head = split_head_gradients(
+                joined, head_Dv, all_targets, jnp.concatenate(weighted, axis=1), _AXIS
+            )
+            of_hidden = jnp.stack(jnp.split(of_joined, self.depth + 1, axis=1))
+            gradients = state["gradients"]
+            state = state | {
+                "loss": put(state["loss"], jnp.where(mine, field["loss"], -1), of_hidden),
+                "gradients": gradients | {"head": gradients["head"] + of_head},
+            }
+        else:
+            nll = split_head_nll(joined, head_Dv, all_targets, _AXIS)
+        # On one rank, as all have the same.
+        nlls = [jnp.where(mine, n, 0) for n in objective.shares_of(nll, weights)]
+        mtp = sum(nlls[1:], start=jnp.zeros(())) / max(self.depth, 1)
+        parts: LossParts = state["parts"]
+        return state | {"parts": replace(parts, main=parts.main + nlls[0], mtp=parts.mtp + mtp)}
 
     def _embedding_gradients(self, state: Any, ends: Any) -> Any:
         """Gradients of the rows that entered, and of those that MTP modules looked ahead to."""
         of_entered = jnp.pad(state["sent_g"], ((0, 0), (0, 1), (0, 0)))
         of_vD = state["gradients"]["embed"]
-        for d, path in enumerate(self.table.schedule.paths):
+        for d, path in enumerate(self.plan.paths):
             of_vD = self._added_rows(of_vD, of_entered, path[0].rank, ends["leave"][d])
             if self.depth:
                 of_vD = self._added_rows(of_vD, state["of_row"], path[-1].rank, ends["back"][d])
@@ -469,14 +328,286 @@ class Program:
         return jax.lax.cond(micro >= 0, run, lambda x: x, of_vD)
 
 
-def _get(pool: Any, slot: jax.Array) -> Any:
+@dataclass(frozen=True)
+class _Side:
+    """A rank's own operations of one tick: what may differ from the other ranks'."""
+
+    program: Program
+    field: Mapping[str, jax.Array]
+    ends: Mapping[str, jax.Array]
+    does: Mapping[int, jax.Array]
+    """Bits of `run` that are set for this rank."""
+    some: Mapping[int, jax.Array]
+    """Bits that are set for any rank."""
+
+    def branch(
+        self,
+        mine: Any,
+        ours: Any,
+        run: Callable[..., Any],
+        skip: Callable[..., Any],
+        *operands: Any,
+    ) -> Any:
+        """`run(True, ...)` if this rank is to, else `skip(...)`. Masked: if any rank is to,
+        `run(mine, ...)`, which has to give what `skip` does where `mine` is false."""
+        masked = self.program.plan.masked
+        own = mine if masked else True
+        return jax.lax.cond(ours if masked else mine, functools.partial(run, own), skip, *operands)
+
+    def at(self, kind: str, which: int) -> tuple[jax.Array, jax.Array]:
+        """Whether an operation's chunk is its direction's first (0) or last (-1) stage; on any
+        rank."""
+        chunk, places = self.field[f"{kind}_chunk"], [p[which] for p in self.program.plan.paths]
+        rank = self.program.rank
+        mine = jnp.any(jnp.stack([(rank == p.rank) & (chunk == p.chunk) for p in places]))
+        name = {("f", 0): "enter", ("f", -1): "loss", ("i", -1): "back", ("i", 0): "leave"}
+        return mine, jnp.any(self.ends[name[kind, which]] >= 0)
+
+    def segments(self, kind: str) -> jax.Array:
+        return self.program.segments_MBS[jnp.maximum(self.field[f"{kind}_micro"], 0)]
+
+    def of_end(self, rows: list[jax.Array], kind: str) -> jax.Array:
+        """The row of the direction that an operation's chunk belongs to."""
+        return (
+            rows[0] if len(rows) == 1 else jnp.where(self.field[f"{kind}_chunk"] > 0, *rows[::-1])
+        )
+
+    # ---- Forward
+
+    def forward_in(self, state: Any, entering: list[jax.Array]) -> jax.Array:
+        """The input of the chunk's MoE layers."""
+        stage, ends = self.program.stage, self.program.weights.ends
+        mine, ours = self.at("f", 0)
+        segments_BS = self.segments("f")
+        embedded_BTD = self.of_end(entering, "f")[:, :-1]
+        return self.branch(
+            mine & self.does[FORWARD],
+            ours,
+            lambda own, x: chosen(own, stage.dense(ends, embedded_BTD, segments_BS), x),
+            lambda x: x,
+            get(state["x"], self.field["f_x"]),
+        )
+
+    def forward_out(self, state: Any, y_BTD: jax.Array, rows: Mapping[str, Any]) -> Any:
+        """What a chunk's forward pass leaves, with the MTP modules' on the last stage."""
+        program = self.program
+        stage, ends = program.stage, program.weights.ends
+        segments_BS = self.segments("f")
+        last, ours = self.at("f", -1)
+        ahead = self.of_end(rows["loss"], "f") if program.depth else jnp.zeros(())
+
+        def out(y: jax.Array) -> Any:
+            return stage.out(ends, y, ahead, segments_BS)
+
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(out, y_BTD))
+        does = self.does[FORWARD]
+        (hidden, balance), stats = self.branch(
+            last & does,
+            ours,
+            lambda own, y: chosen(own, out(y), nothing),
+            lambda y: nothing,
+            y_BTD,
+        )
+        parts: LossParts = state["parts"]
+        for k, stat in enumerate(stats):
+            parts = program.stage.counted(
+                parts, program.scale, program.cfg.model.n_moe_layers + k, stat
+            )
+        parts = replace(parts, balance=parts.balance + program.alpha * balance)
+        state = state | {"parts": parts, "hidden": hidden, "sent_x": y_BTD}
+        if not program.plan.backward:
+            return state
+        first, _ = self.at("f", 0)
+        row = jnp.where(
+            first, self.of_end(rows["enter"], "f"), jnp.pad(y_BTD, ((0, 0), (0, 1), (0, 0)))
+        )
+        end = self.branch(
+            does,
+            self.some[FORWARD],
+            lambda _, pool: put(pool, self.field["f_saved"], row),
+            lambda pool: pool,
+            state["end"],
+        )
+        return state | {"end": end}
+
+    def forward_alone(self, x_BTD: jax.Array, parts: LossParts) -> tuple[jax.Array, LossParts]:
+        """The MoE layers of a chunk without anything kept of them."""
+        program = self.program
+
+        def one(carried: Any, q: jax.Array) -> tuple[Any, None]:
+            slot, filled = self._slot("f", q)
+
+            def run(own: Any, carried: Any) -> Any:
+                x_BTD, parts = carried
+                y_BTD, balance, stats = program.stage.forward_alone(slot, x_BTD, self.segments("f"))
+                return chosen(own, (y_BTD, self._with_layer(parts, slot, balance, stats)), carried)
+
+            does, some = self.does[FORWARD] & filled, self.some[FORWARD]
+            return self.branch(does, some, run, lambda c: c, carried), None
+
+        n_slots = program.plan.layout.layers_RCQ.shape[-1]
+        return jax.lax.scan(one, (x_BTD, parts), jnp.arange(n_slots))[0]
+
+    # ---- Backward
+
+    def backward_in(self, state: Any, rows: Mapping[str, Any]) -> tuple[Any, jax.Array]:
+        """The gradient of the output of the chunk's MoE layers."""
+        program = self.program
+        stage, depth = program.stage, program.depth
+        segments_BS = self.segments("i")
+        y_BTD = get(state["end"], self.field["i_saved"])[:, :-1]
+        ahead = self.of_end(rows["back"], "i") if depth else jnp.zeros(())
+        from_neighbour = get(state["g"], self.field["i_g"])
+        nothing = jnp.zeros(program.row_shape, program.dtype)
+
+        def from_loss(own: Any, gradients: Any) -> Any:
+            def out(ends: Any, y: jax.Array, row: jax.Array) -> Any:
+                return stage.out(ends, y, row, segments_BS)[0]
+
+            _, pull = jax.vjp(out, program.weights.ends, y_BTD, ahead)
+            of_hidden = get(state["loss"], self.field["i_loss"])
+            of_ends, g_BTD, of_row = pull((of_hidden, program.alpha))
+            gradients = added(gradients, of_ends, own)
+            return gradients, chosen(own, g_BTD, from_neighbour), of_row if depth else nothing
+
+        mine, ours = self.at("i", -1)
+        of_ends, g_BTD, of_row = self.branch(
+            mine & self.does[INPUTS],
+            ours,
+            from_loss,
+            lambda gradients: (gradients, from_neighbour, nothing),
+            state["gradients"]["ends"],
+        )
+        gradients = state["gradients"] | {"ends": of_ends}
+        return state | {"gradients": gradients, "of_row": of_row}, g_BTD
+
+    def backward_out(self, state: Any, g_BTD: jax.Array) -> Any:
+        """The gradient of the chunk's input, through the dense layers on the first stage."""
+        program = self.program
+        segments_BS = self.segments("i")
+        x_BTD = get(state["end"], self.field["i_saved"])[:, :-1]
+
+        def through_dense(own: Any, gradients: Any, g_BTD: jax.Array) -> Any:
+            _, pull = jax.vjp(
+                lambda ends, x: program.stage.dense(ends, x, segments_BS),
+                program.weights.ends,
+                x_BTD,
+            )
+            of_ends, of_x = pull(g_BTD)
+            return added(gradients, of_ends, own), chosen(own, of_x, g_BTD)
+
+        mine, ours = self.at("i", 0)
+        of_ends, g_BTD = self.branch(
+            mine & self.does[INPUTS],
+            ours,
+            through_dense,
+            lambda e, g: (e, g),
+            state["gradients"]["ends"],
+            g_BTD,
+        )
+        gradients = state["gradients"] | {"ends": of_ends}
+        return state | {"gradients": gradients, "sent_g": g_BTD}
+
+    # ---- MoE layers
+
+    def through_layers(self, carried: Any) -> Any:
+        """The layers of the chunk that runs forward, first to last, and those of the chunk that
+        runs backward, last to first, side by side."""
+        n_slots = self.program.plan.layout.layers_RCQ.shape[-1]
+
+        def one(carried: Any, q: jax.Array) -> tuple[Any, None]:
+            return self._layers(carried, q, n_slots - 1 - q), None
+
+        return jax.lax.scan(one, carried, jnp.arange(n_slots))[0]
+
+    def _layers(self, carried: Any, q: jax.Array, back_q: jax.Array) -> Any:
+        asked = []
+        for bit, operation, kind, at in (
+            (INPUTS, self._inputs, "i", back_q),
+            (WEIGHTS, self._weights, "w", back_q),
+            (FORWARD, self._forward, "f", q),
+        ):
+            slot, filled = self._slot(kind, at)
+            asked.append((bit, self.does[bit] & filled, functools.partial(operation, slot, at)))
+
+        def one_by_one(carried: Any) -> Any:
+            for bit, does, run in asked:
+                carried = self.branch(does, self.some[bit], run, lambda c: c, carried)
+            return carried
+
+        def side_by_side(carried: Any) -> Any:
+            # Nothing of one pass rests on the other: the compiler may run them in any order.
+            for _, _, run in asked:
+                carried = run(True, carried)
+            return carried
+
+        if self.program.plan.masked:
+            return one_by_one(carried)
+        every = asked[0][1] & asked[1][1] & asked[2][1]
+        return jax.lax.cond(every, side_by_side, one_by_one, carried)
+
+    def _slot(self, kind: str, q: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        """Where a chunk's layer number q lies, which it is, and whether there is one."""
+        layers_CQ = jnp.asarray(self.program.plan.layout.layers_RCQ)[self.program.rank]
+        chunk = jnp.maximum(self.field[f"{kind}_chunk"], 0)
+        layer = layers_CQ[chunk, q]
+        return (chunk * layers_CQ.shape[1] + q, jnp.maximum(layer, 0)), layer >= 0
+
+    def _forward(self, slot: Any, q: jax.Array, own: Any, carried: Any) -> Any:
+        stage, x_BTD, parts = self.program.stage, carried["x"], carried["parts"]
+        y_BTD, balance, stats, saved = stage.forward(slot, x_BTD, self.segments("f"))
+        return carried | {
+            "x": chosen(own, y_BTD, x_BTD),
+            "saved": put(carried["saved"], (self.field["f_saved"], q), saved),
+            "parts": chosen(own, self._with_layer(parts, slot, balance, stats), parts),
+        }
+
+    def _inputs(self, slot: Any, q: jax.Array, own: Any, carried: Any) -> Any:
+        saved = get(carried["saved"], (self.field["i_saved"], q))
+        outputs = (carried["g"], self.program.alpha)
+        g_BTD, found = self.program.stage.inputs(slot, saved, outputs)
+        return carried | {
+            "g": chosen(own, g_BTD, carried["g"]),
+            "found": put(carried["found"], (self.field["i_found"], q), found),
+        }
+
+    def _weights(self, slot: Any, q: jax.Array, own: Any, carried: Any) -> Any:
+        saved = get(carried["saved"], (self.field["w_saved"], q))
+        found = get(carried["found"], (self.field["w_found"], q))
+        of_layer = self.program.stage.weights(slot, saved, found)
+        place, _ = slot
+        layers = jax.tree.map(
+            lambda total, g: total.at[place].add(chosen(own, g.astype(total.dtype), 0)),
+            carried["layers"],
+            of_layer,
+        )
+        return carried | {"layers": layers}
+
+    def _with_layer(self, parts: LossParts, slot: Any, balance: Any, stats: Any) -> LossParts:
+        program = self.program
+        parts = program.stage.counted(parts, program.scale, slot[1], stats)
+        return replace(parts, balance=parts.balance + program.alpha * balance)
+
+
+def get(pool: Any, slot: Any) -> Any:
+    """What is in a slot."""
     return jax.tree.map(lambda a: a[slot], pool)
 
 
-def _put(pool: Any, slot: jax.Array, value: Any) -> Any:
+def put(pool: Any, slot: Any, value: Any) -> Any:
     """The pool with a value in a slot; -1 is the last, which nobody reads."""
     return jax.tree.map(lambda a, v: a.at[slot].set(v.astype(a.dtype)), pool, value)
 
 
-def _added(totals: Any, gradients: Any) -> Any:
-    return jax.tree.map(lambda t, g: t + g.astype(t.dtype), totals, gradients)
+def added(totals: Any, gradients: Any, own: Any) -> Any:
+    """Sums of two trees, in the types of the first, where `own` is true."""
+    return jax.tree.map(lambda t, g: t + chosen(own, g.astype(t.dtype), 0), totals, gradients)
+
+
+def chosen(own: Any, new: Any, old: Any) -> Any:
+    """A tree where `own` is true, or another; of a single number as well."""
+    if own is True:
+        return new
+    if isinstance(old, int):
+        return jnp.where(own, new, old)
+    return jax.tree.map(lambda a, b: jnp.where(own, a, b), new, old)

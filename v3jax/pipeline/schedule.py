@@ -12,7 +12,7 @@ stages where the only direction passes it. Dims: R ranks.
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -45,7 +45,7 @@ class Schedule:
 
     name: str
     n_micro: int
-    """Micro-batches of a step, the earlier half of which takes the first of two paths."""
+    """Micro-batches of a step; the earlier half, or one more, takes the first of two paths."""
     paths: tuple[tuple[Place, ...], ...]
     """Places of the stages in order, for each direction in which micro-batches enter."""
     instructions: tuple[tuple[Instruction, ...], ...]
@@ -77,8 +77,8 @@ class Schedule:
 
     def micros(self, direction: int) -> range:
         """The micro-batches that take a path."""
-        each = self.n_micro // len(self.paths)
-        return range(direction * each, (direction + 1) * each)
+        first = -(-self.n_micro // len(self.paths))
+        return range(first, self.n_micro) if direction else range(first)
 
     def before(self, place: Place) -> Place | None:
         """Where its inputs come from; None where micro-batches enter."""
@@ -295,6 +295,46 @@ SCHEDULES: Mapping[str, Callable[[int, int], Schedule]] = {
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,
 }
+
+
+def fitted(name: str, n_ranks: int, n_micro: int) -> Schedule:
+    """The schedule of that name for any number of micro-batches.
+
+    Of the bidirectional ones, where they are too few or odd, that of the next number they take,
+    without its last micro-batches: no slower than ZB1P and no more memory (ours; the report does
+    not say how its first batches, of 24 micro-batches on 16 ranks, were run).
+
+    Raises:
+      ValueError: no micro-batch, or a number of ranks that the schedule does not take.
+    """
+    _some(name, n_ranks, n_micro)
+    if name not in ("dualpipe", "dualpipev"):
+        return SCHEDULES[name](n_ranks, n_micro)
+    even = name == "dualpipe" and n_micro % 2
+    whole = SCHEDULES[name](n_ranks, max(2 * n_ranks, n_micro + even))
+    short = replace(whole, n_micro=n_micro)
+    new = {
+        old: micro
+        for direction in range(len(whole.paths))
+        for old, micro in zip(whole.micros(direction), short.micros(direction), strict=False)
+    }
+    kept = [
+        [
+            tuple(op._replace(micro=new[op.micro]) for op in instruction if op.micro in new)
+            for instruction in instructions
+        ]
+        for instructions in whole.instructions
+    ]
+    return replace(short, instructions=tuple(tuple(filter(None, some)) for some in kept))
+
+
+def forwards(schedule: Schedule) -> Schedule:
+    """The forward passes of a schedule alone."""
+    kept = [
+        [tuple(op for op in instruction if op.kind == "F") for instruction in instructions]
+        for instructions in schedule.instructions
+    ]
+    return replace(schedule, instructions=tuple(tuple(filter(None, some)) for some in kept))
 
 
 # ---- What a schedule costs

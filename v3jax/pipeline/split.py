@@ -35,6 +35,8 @@ class Split:
     """`(params, saved, found) -> gradients of params`."""
     saved: Shapes
     found: Shapes
+    programs: tuple[Any, ...]
+    """The forward and the whole backward pass as they were traced."""
 
 
 def split(f: Callable[..., tuple[Any, Any]], params: Any, x: Any, *others: Any) -> Split:
@@ -105,7 +107,7 @@ def split(f: Callable[..., tuple[Any, Any]], params: Any, x: Any, *others: Any) 
         out = second_half(*jax.tree.leaves(params), *saved, *found)
         return jax.tree.unflatten(params_tree, out)
 
-    return Split(forward, inputs, weights, saved, _shapes(between))
+    return Split(forward, inputs, weights, saved, _shapes(between), (traced.jaxpr, jaxpr))
 
 
 def _needed(eqns: Sequence[Any], outputs: Iterable[Any]) -> list[Any]:

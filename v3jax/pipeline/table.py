@@ -120,25 +120,27 @@ def make_table(ticks: Ticks) -> Table:
         if op.kind == "W":
             continue
         ranks[f"{letter}_micro"][at] = op.micro
-        last = when[rank, op._replace(kind="W")]
-        weights_at = (last, rank)
+        first, last = schedule.before(place) is None, schedule.after(place) is None
+        weights_tick = when.get((rank, op._replace(kind="W")), -1)  # of forwards alone, none
         if op.kind == "F":
-            fields = [(ranks["f_saved"], *at), (ranks["w_saved"], *weights_at)]
-            inputs_tick = when[rank, op._replace(kind="I")]
-            fields.append((ranks["i_saved"], inputs_tick, rank))
-            pools["saved"][rank].ask(tick, last, *fields)
-            if schedule.before(place) is None:
+            if first:
                 ends[0, tick, direction] = op.micro
-            if schedule.after(place) is None:
+            if last:
                 ends[1, tick, direction] = op.micro
-                fields = [(ranks["loss"], *at), (ranks["i_loss"], inputs_tick, rank)]
-                pools["loss"][rank].ask(tick, inputs_tick, *fields)
+            if weights_tick >= 0:
+                inputs_tick = when[rank, op._replace(kind="I")]
+                saved = [(ranks["f_saved"], *at), (ranks["w_saved"], weights_tick, rank)]
+                saved.append((ranks["i_saved"], inputs_tick, rank))
+                pools["saved"][rank].ask(tick, weights_tick, *saved)
+                if last:
+                    loss = [(ranks["loss"], *at), (ranks["i_loss"], inputs_tick, rank)]
+                    pools["loss"][rank].ask(tick, inputs_tick, *loss)
         else:
-            fields = [(ranks["i_found"], *at), (ranks["w_found"], *weights_at)]
-            pools["found"][rank].ask(tick, last, *fields)
-            if schedule.after(place) is None:
+            found = [(ranks["i_found"], *at), (ranks["w_found"], weights_tick, rank)]
+            pools["found"][rank].ask(tick, weights_tick, *found)
+            if last:
                 ends[2, tick, direction] = op.micro
-            if schedule.before(place) is None:
+            if first:
                 ends[3, tick, direction] = op.micro
         other = schedule.after(place) if op.kind == "F" else schedule.before(place)
         if other is not None:

@@ -21,7 +21,10 @@ class Ticks:
 
     schedule: Schedule
     rows: tuple[tuple[Instruction, ...], ...]
-    """`[S][R]`: nothing, one operation, or on all ranks three, `F`, `I` and `W` in some order."""
+    """`[S][R]`: nothing, one operation, or on all ranks three, `F`, `I` and `W` in some order; if
+    masked, up to one of each kind."""
+    masked: bool = False
+    """Whether all ranks run what any of them has to."""
 
     @property
     def n_pairs(self) -> int:
@@ -29,8 +32,12 @@ class Ticks:
         return sum(_are_pair(row[0]) for row in self.rows)
 
     def makespan(self, *, f: float = 1.0, b: float = 2.0, w: float = 1.0, fb: float = 3.0) -> float:
-        """Time of the step if a tick is as long as its longest operation; see `simulate`."""
+        """Time of the step if a tick is as long as its longest operation, or, masked, as all kinds
+        of operations in it; see `simulate`."""
         duration = {"": 0.0, "F": f, "I": b - w, "W": w}
+        if self.masked:
+            kinds = [{op.kind for some in row for op in some} for row in self.rows]
+            return sum(duration[kind] for some in kinds for kind in some)
         return sum(
             fb if _are_pair(row[0]) else max(duration[_kinds(some)] for some in row)
             for row in self.rows
@@ -93,16 +100,66 @@ def _lockstep(schedule: Schedule, *, patient: bool) -> Ticks:
             inside = [d[at] if at < len(d) else -1 for d, at in zip(depth, at_R, strict=True)]
             if patient and min(inside) == 0 and max(inside) > 0:
                 row = [some if i > 0 else () for some, i in zip(row, inside, strict=True)]
-        if not any(row):
-            r = next(r for r, ops in enumerate(todo) if at_R[r] < len(ops))
-            raise ValueError(
-                f"schedule {schedule.name}: rank {r} waits for ever before {todo[r][at_R[r]]}"
-            )
-        for r, some in enumerate(row):
-            at_R[r] += len(some)
-            done |= {result(r, op) for op in some}
+        _step(schedule, todo, at_R, done, row)
         rows.append(tuple(row))
     return Ticks(schedule, tuple(rows))
+
+
+def abreast(schedule: Schedule) -> Ticks:
+    """The schedule's operations for ranks that all run what any of them has to.
+
+    A rank does as much in a tick as it can, up to one operation of each kind: as long as forwards
+    alone are possible, and when they have all been run, ticks have no other kind.
+
+    Raises:
+      ValueError: ranks wait for one another for ever.
+    """
+    todo = [[op for i in some for op in _parts(i)] for some in schedule.instructions]
+    at_R = [0] * schedule.n_ranks
+    done: set[Result] = set()
+    rows: list[tuple[Instruction, ...]] = []
+    while any(at < len(ops) for at, ops in zip(at_R, todo, strict=True)):
+        row = tuple(
+            _of_each_kind(schedule, r, ops[at : at + 3], done)
+            for r, (at, ops) in enumerate(zip(at_R, todo, strict=True))
+        )
+        _step(schedule, todo, at_R, done, row)
+        rows.append(row)
+    return Ticks(schedule, tuple(rows), masked=True)
+
+
+def _step(
+    schedule: Schedule,
+    todo: Sequence[Sequence[Op]],
+    at_R: list[int],
+    done: set[Result],
+    row: Sequence[Instruction],
+) -> None:
+    """Counts a tick as done."""
+    if not any(row):
+        r = next(r for r, ops in enumerate(todo) if at_R[r] < len(ops))
+        raise ValueError(
+            f"schedule {schedule.name}: rank {r} waits for ever before {todo[r][at_R[r]]}"
+        )
+    for r, some in enumerate(row):
+        at_R[r] += len(some)
+        done |= {result(r, op) for op in some}
+
+
+def _of_each_kind(
+    schedule: Schedule, rank: int, ops: Sequence[Op], done: set[Result]
+) -> Instruction:
+    """The next operations, of different kinds, that a rank can run in one tick: `I` before `W`, so
+    that one can use what the other finds."""
+    some: list[Op] = []
+    own: set[Result] = set()
+    for op in ops:
+        ready = all(need in done or need in own for need in needs(schedule, rank, op))
+        if not ready or op.kind in _kinds(tuple(some)):
+            break
+        some.append(op)
+        own |= {result(rank, op)} if op.kind == "I" else set()
+    return tuple(some)
 
 
 def _parts(instruction: Instruction) -> tuple[Op, ...]:

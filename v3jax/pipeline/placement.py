@@ -21,27 +21,27 @@ from jax.sharding import PartitionSpec as P
 from v3jax import sharding
 from v3jax.config import ModelConfig
 from v3jax.pipeline.schedule import Schedule
-from v3jax.sharding import ShardingRules
+from v3jax.sharding import BATCH_AXES, ShardingRules
 
 
 def partition(model: ModelConfig, n_stages: int) -> tuple[range, ...]:
-    """The MoE layers of each stage, as even as can be.
+    """The MoE layers of each stage, as even as can be beside what the first and last have already.
 
     Raises:
-      ValueError: more stages than MoE layers.
+      ValueError: a stage would have nothing to do.
     """
-    if n_stages > model.n_moe_layers:
-        raise ValueError(
-            f"mesh.pipe: {n_stages} stages are more than the model's {model.n_moe_layers} MoE "
-            "layers; lower it"
-        )
     counts = [0] * n_stages
     load = [0] * n_stages
     load[0] += model.n_dense_layers
     load[-1] += model.mtp_depth
+    empty = [stage for stage, n in enumerate(load) if n == 0]
+    if len(empty) > model.n_moe_layers:
+        raise ValueError(
+            f"mesh.pipe: {n_stages} stages, but the model has {model.n_moe_layers} MoE layers for "
+            f"{len(empty)} of them; lower it"
+        )
     for left in range(model.n_moe_layers, 0, -1):
-        # Every stage has one at least.
-        empty = [s for s, count in enumerate(counts) if not count]
+        empty = [stage for stage, n in enumerate(load) if n == 0]
         stage = empty[0] if left == len(empty) else min(range(n_stages), key=load.__getitem__)
         counts[stage] += 1
         load[stage] += 1
@@ -114,7 +114,7 @@ def from_ranks(
         mine_N = layer_RN[jax.lax.axis_index("pipe")]
         whole = jnp.zeros((n_layers, *shape[1:]), gradient.dtype)
         whole = whole.at[mine_N].add(gradient, mode="drop")
-        return sharding.add_up(sharding.reduce(whole, spec, place, rules), ("pipe",), rules)
+        return sharding.reduce(whole, spec, place, rules)
     dim, axes = extra
     assert axes[0] == "pipe", "the outermost axis of a dimension"
     n_ranks = jax.lax.axis_size("pipe")
@@ -123,7 +123,8 @@ def from_ranks(
     layers = jnp.zeros((n_layers, *parts.shape[2:]), gradient.dtype)
     layers = layers.at[layer_RN].add(parts, mode="drop")  # two at most, and a + b is b + a
     inner = tuple(axis for axis in axes if axis != "pipe")
-    return sharding.reduce(layers, spec, _with(spec, dim, inner, layers.ndim), rules)
+    rest = _with(spec, dim, inner, layers.ndim)
+    return sharding.reduce(layers, spec, rest, rules, BATCH_AXES)
 
 
 def _joined(parts: jax.Array, dim: int) -> jax.Array:

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from experiments.v3 import v3_full
 from tests.model import small
 from v3jax.config import MeshConfig
+from v3jax.pipeline.placement import from_ranks, layout, partition, to_ranks
 from v3jax.pipeline.schedule import SCHEDULES
-from v3jax.pipeline.stages import from_ranks, layout, partition, to_ranks
 from v3jax.sharding import ShardingRules, make_mesh
 
 MODEL = small.config(n_layers=8, n_dense_layers=1, mtp_depth=1)  # seven MoE layers
@@ -33,18 +33,27 @@ def test_the_reports_layers_over_its_ranks() -> None:
     assert set(load) == {3, 4}
 
 
-@pytest.mark.parametrize("n_stages", range(1, 8))
-def test_every_stage_has_a_layer(n_stages: int) -> None:
+@pytest.mark.parametrize("n_stages", range(1, 10))
+def test_every_stage_has_something_to_do(n_stages: int) -> None:
+    """The dense layers or the MTP modules may be all that the first or the last one has."""
     stages = partition(MODEL, n_stages)
     assert [layer for stage in stages for layer in stage] == list(range(7))
-    assert min(map(len, stages)) >= 1
+    counts = list(map(len, stages))
+    assert min(counts[1:-1], default=1) >= 1
+    counts[0] += MODEL.n_dense_layers
+    counts[-1] += MODEL.mtp_depth
+    assert min(counts) >= 1
+    assert max(counts) - min(counts) <= 1
     many_dense = replace(MODEL, n_layers=27, n_dense_layers=20)
-    assert min(map(len, partition(many_dense, n_stages))) >= 1
+    assert min(list(map(len, partition(many_dense, n_stages)))[1:-1], default=1) >= 1
 
 
-def test_more_stages_than_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match="8 stages are more than the model's 7 MoE layers"):
-        partition(MODEL, 8)
+@pytest.mark.parametrize(("dense", "mtp", "most"), [(1, 1, 9), (0, 1, 8), (1, 0, 8), (0, 0, 7)])
+def test_more_stages_than_parts_are_refused(dense: int, mtp: int, most: int) -> None:
+    model = replace(MODEL, n_layers=7 + dense, n_dense_layers=dense, mtp_depth=mtp)
+    assert len(partition(model, most)) == most
+    with pytest.raises(ValueError, match=f"{most + 1} stages, but the model has 7 MoE layers"):
+        partition(model, most + 1)
 
 
 def test_ranks_hold_the_stages_of_both_directions() -> None:
