@@ -89,8 +89,9 @@ def test_a_vocabulary_split_over_devices_gives_the_same() -> None:
     hidden, head, targets, weights = draw(2, 12, v=16)
     mesh = make_mesh(MeshConfig(pipe=4))
 
-    def run(*inputs: jax.Array) -> Any:
-        return ops.split_head_gradients(*inputs, "pipe"), ops.split_head_nll(*inputs[:3], "pipe")
+    def run(hidden: Any, head: Any, targets: Any, weights: Any) -> Any:
+        alone = ops.split_head_nll(hidden, head, targets, "pipe")
+        return ops.split_head_gradients(hidden, head, targets, weights, "pipe"), alone
 
     (nll, dhidden, dhead), alone = jax.jit(
         jax.shard_map(

@@ -146,9 +146,10 @@ def estimate(cfg: ExperimentConfig, mesh: Mesh, target: Target) -> float | None:
 
     The step of one micro-batch is compiled with one and with two MoE layers, which unrolls them;
     the difference is a layer, what is left the ends. Every micro-batch is taken to cost the whole
-    of that, the optimizer's update too. What XLA leaves out is added (`Costs.beyond_xla`).
+    of that, the optimizer's update too. What XLA leaves out is added (`Costs.beyond_xla`). Not of a
+    pipeline.
     """
-    if not cfg.model.n_moe_layers:
+    if not cfg.model.n_moe_layers or cfg.mesh.pipe > 1:  # with stages there is no such difference
         return None
     one, two = (_seconds(cfg, mesh, target, n_layers) for n_layers in (1, 2))
     if one is None or two is None:

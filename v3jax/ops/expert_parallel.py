@@ -271,7 +271,7 @@ def _all_passes_bwd(
 
     if plan.max_passes > 1:
         parts = (slice(2), slice(2, None)) if halves else (slice(None),)
-        gradients = sum((later_passes(part) for part in parts), start=())
+        gradients = tuple(g for part in parts for g in later_passes(part))
     dx_ND, dgates_NK, dgate_up_LDF, ddown_LFD = gradients
     return dx_ND, None, dgates_NK, dgate_up_LDF, ddown_LFD
 

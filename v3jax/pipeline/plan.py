@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from v3jax.config import ExperimentConfig, PipelineConfig
 from v3jax.pipeline.placement import Layout, layout
-from v3jax.pipeline.schedule import Place, fitted, forwards
+from v3jax.pipeline.schedule import Place, fitted, forwards, with_waiting
 from v3jax.pipeline.table import Table, make_table
 from v3jax.pipeline.ticks import abreast, lockstep
 
@@ -98,6 +98,8 @@ def table_of(pipeline: PipelineConfig, n_ranks: int, n_micro: int, backward: boo
     schedule = fitted(pipeline.schedule, n_ranks, n_micro)
     if not backward:
         schedule = forwards(schedule)
+    if pipeline.most_waiting is not None:
+        schedule = with_waiting(schedule, pipeline.most_waiting)
     if pipeline.mode == "masked":
         return make_table(abreast(schedule))
     return make_table(lockstep(schedule, fb=pipeline.pair_time))

@@ -328,6 +328,28 @@ def fitted(name: str, n_ranks: int, n_micro: int) -> Schedule:
     return replace(short, instructions=tuple(tuple(filter(None, some)) for some in kept))
 
 
+def with_waiting(schedule: Schedule, most: int) -> Schedule:
+    """The schedule with at most so many weight gradients that wait on a rank: what more would wait
+    is computed earlier. Each that waits holds what the input's gradient found for it."""
+    written = []
+    for instructions in schedule.instructions:
+        waiting: deque[Instruction] = deque()
+        new: list[Instruction] = []
+        for instruction in instructions:
+            kinds = [op.kind for op in instruction]
+            if kinds == ["W"]:
+                if not waiting or instruction != waiting[0]:
+                    continue  # computed already
+                waiting.popleft()
+            new.append(instruction)
+            if kinds == ["I"]:
+                waiting.append((instruction[0]._replace(kind="W"),))
+                while len(waiting) > most:
+                    new.append(waiting.popleft())
+        written.append(tuple(new))
+    return replace(schedule, instructions=tuple(written))
+
+
 def forwards(schedule: Schedule) -> Schedule:
     """The forward passes of a schedule alone."""
     kept = [

@@ -75,7 +75,10 @@ def lockstep(
     Raises:
       ValueError: ranks wait for one another for ever.
     """
-    tried = [_lockstep(schedule, patient=patient) for patient in (False, True)]
+    tried = [
+        _lockstep(schedule, patient=patient)
+        for patient in ((False, True) if fb < f + b else (False,))
+    ]
     return min(tried, key=lambda ticks: ticks.makespan(f=f, b=b, w=w, fb=fb))
 
 
@@ -181,9 +184,9 @@ def _possible(schedule: Schedule, rank: int, ops: Sequence[Op], done: set[Result
 
 
 def _are_pair(instruction: Instruction) -> bool:
-    """Whether these are a forward and the parts of a backward of something else."""
-    by_kind = {op.kind: op for op in instruction}
-    return sorted(by_kind) == ["F", "I", "W"] and by_kind["F"][1:] != by_kind["I"][1:]
+    """Whether these are a forward and the parts of one backward of something else."""
+    by_kind = {op.kind: op[1:] for op in instruction}
+    return sorted(by_kind) == ["F", "I", "W"] and by_kind["F"] != by_kind["I"] == by_kind["W"]
 
 
 def _kinds(instruction: Instruction) -> str:
