@@ -13,7 +13,7 @@ from v3jax.evals.by_source import SourceFigures
 
 pytest.importorskip("matplotlib", reason="needs the extra notebooks: matplotlib")
 from v3jax import plots
-from v3jax.pipeline.schedule import dualpipe, simulate
+from v3jax.pipeline.schedule import dualpipe, gpipe, simulate
 
 
 @pytest.fixture
@@ -108,3 +108,29 @@ def test_a_gantt_chart_has_every_operation_in_its_place() -> None:
     assert axes.get_ylim() == (3.5, -0.5), "rank 0 on top"
     names = [t.get_text() for t in axes.get_legend().get_texts()]
     assert names == ["forward", "backward", "for the input", "for the weights"]
+
+
+def test_gantt_charts_below_one_another_share_their_time() -> None:
+    steps = {"one": simulate(gpipe(2, 4)).spans, "other": simulate(dualpipe(4, 8)).spans}
+    picture: Any = plots.gantts(steps)
+    assert [axes.get_title(loc="left") for axes in picture.axes] == ["one", "other"]
+    for axes, spans in zip(picture.axes, steps.values(), strict=True):
+        boxes = [c.get_paths()[0].get_extents() for c in axes.collections]
+        found = {(box.x0, box.x1, round((box.y0 + box.y1) / 2)) for box in boxes}
+        assert found == {(span.start, span.end, span.rank) for span in spans}
+        assert axes.get_xlim() == (0, max(span.end for some in steps.values() for span in some))
+    names = [t.get_text() for t in picture.axes[0].get_legend().get_texts()]
+    assert names == ["forward", "backward", "for the input", "for the weights"], "of all charts"
+
+
+def test_lines_are_their_values_and_dashed_ones_have_their_colours() -> None:
+    ys = {"one": [3.0, 4.0], "other": [float("nan"), 6.0]}
+    axes: Any = plots.lines([1, 2], ys, labels=("x", "y"), dashed={"other": [7.0, 8.0]}).axes[0]
+    one, other, dashed = axes.get_lines()
+    for line, values in ((one, ys["one"]), (other, ys["other"]), (dashed, [7.0, 8.0])):
+        np.testing.assert_array_equal(line.get_xdata(), [1, 2])
+        np.testing.assert_array_equal(line.get_ydata(), values)
+    assert [line.get_linestyle() for line in (one, other, dashed)] == ["-", "-", "--"]
+    assert dashed.get_color() == other.get_color() != one.get_color()
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["one", "other"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("x", "y")

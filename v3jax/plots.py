@@ -1,7 +1,8 @@
 """Pictures of ablations, with their uncertainty, and of schedules (extra `notebooks`).
 
-Most functions take runs as `ablation.ablate` returns them; all give a matplotlib figure. A line is
-the mean over seeds, the band around it the two-sided 95% interval of that mean by Student's t.
+Most functions take runs as `ablation.ablate` returns them; all give a matplotlib figure. A line of
+runs is the mean over seeds, the band around it the two-sided 95% interval of that mean by Student's
+t.
 Dims: S steps, E experts, D sources, N runs of a variant.
 """
 
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from v3jax.ablation import Figure, Run, by_variant, difference, estimate
-from v3jax.pipeline.schedule import Schedule, Simulation, simulate
+from v3jax.pipeline.schedule import Schedule, Simulation, Span, simulate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,9 +144,55 @@ def gantt(schedule: Schedule, simulation: Simulation | None = None) -> "Picture"
       simulation: of this schedule; of durations 1, 2, 1 and 3 if not given.
     """
     simulation = simulation or simulate(schedule)
-    n_boxes = simulation.makespan * schedule.n_ranks
-    picture, axes = _picture(min(0.2 * simulation.makespan + 1.5, 24), 0.4 * schedule.n_ranks + 1)
-    for span in simulation.spans:
+    width = min(0.2 * simulation.makespan + 1.5, 24)
+    return _charts({schedule.name: simulation.spans}, width)
+
+
+def gantts(steps: Mapping[str, Sequence[Span]], *, width: float = 12) -> "Picture":
+    """Charts as `gantt` draws them, below one another over a common time.
+
+    Args:
+      steps: the spans of each chart by its title, such as a simulation has.
+      width: of the picture, in inches.
+    """
+    return _charts(steps, width)
+
+
+def _charts(steps: Mapping[str, Sequence[Span]], width: float) -> "Picture":
+    ranks = [1 + max(span.rank for span in spans) for spans in steps.values()]
+    end = max(span.end for spans in steps.values() for span in spans)
+    picture, rows = _pyplot().subplots(
+        len(steps),
+        1,
+        figsize=(width, sum(0.4 * n + 0.6 for n in ranks) + 0.4),
+        sharex=True,
+        squeeze=False,
+        height_ratios=[n + 1 for n in ranks],
+        layout="constrained",
+    )
+    n_boxes = sum(end * n for n in ranks)
+    for axes, (title, spans), n_ranks in zip(rows[:, 0], steps.items(), ranks, strict=True):
+        axes.grid(alpha=0.25)
+        _boxes(axes, spans, numbers=n_boxes < 2000)  # numbers of more would be too small to read
+        axes.set(ylabel="rank", xlim=(0, end))
+        axes.set_yticks(range(n_ranks))
+        axes.set_ylim(n_ranks - 0.5, -0.5)
+        axes.set_title(title, loc="left", fontsize="medium")
+    rows[-1, 0].set_xlabel("time")
+    used = {op.kind for spans in steps.values() for span in spans for op in span.instruction}
+    keys = [
+        rows[0, 0].bar(0, 0, color=_COLOURS[kind][0], label=_KINDS[kind])
+        for kind in "FBIW"
+        if kind in used
+    ]
+    rows[0, 0].legend(
+        handles=keys, fontsize="x-small", ncols=len(keys), loc="lower right", bbox_to_anchor=(1, 1)
+    )
+    return picture
+
+
+def _boxes(axes: "Axes", spans: Sequence[Span], *, numbers: bool) -> None:
+    for span in spans:
         height = 0.9 / len(span.instruction)
         for i, op in enumerate(span.instruction):
             bottom = span.rank - 0.45 + i * height
@@ -156,22 +203,30 @@ def gantt(schedule: Schedule, simulation: Simulation | None = None) -> "Picture"
                 edgecolors="black",
                 linewidth=0.4,
             )
-            if n_boxes < 2000:  # numbers of more would be too small to read
+            if numbers:
                 middle = (span.start + span.end) / 2, bottom + height / 2
                 axes.text(*middle, str(op.micro), ha="center", va="center", fontsize=6)
-    used = {op.kind for span in simulation.spans for op in span.instruction}
-    keys = [
-        axes.bar(0, 0, color=_COLOURS[kind][0], label=_KINDS[kind])
-        for kind in "FBIW"
-        if kind in used
-    ]
-    axes.legend(
-        handles=keys, fontsize="x-small", ncols=len(keys), loc="lower right", bbox_to_anchor=(1, 1)
-    )
-    axes.set(xlabel="time", ylabel="rank", xlim=(0, simulation.makespan))
-    axes.set_yticks(range(schedule.n_ranks))
-    axes.set_ylim(schedule.n_ranks - 0.5, -0.5)
-    axes.set_title(schedule.name, loc="left", fontsize="medium")
+
+
+def lines(
+    xs: Sequence[float],
+    ys: Mapping[str, Sequence[float]],
+    *,
+    labels: tuple[str, str],
+    dashed: Mapping[str, Sequence[float]] | None = None,
+) -> "Picture":
+    """Figures over what they depend on, one line a name; those that are not a number are left out.
+
+    Args:
+      dashed: other values for some of the names, such as a formula's, in the same colours.
+    """
+    picture, axes = _picture(8, 4)
+    for name, values in ys.items():
+        (line,) = axes.plot(xs, values, label=name, linewidth=1.4, marker=".")
+        if dashed and name in dashed:
+            axes.plot(xs, dashed[name], "--", color=line.get_color(), linewidth=1)
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    axes.legend(fontsize="small")
     return picture
 
 
