@@ -55,7 +55,7 @@ def test_an_overlap_that_pays_leaves_ranks_unlike() -> None:
 def test_uneven_durations_cost_no_more_than_reported(
     name: str, durations: tuple[float, float, float, float]
 ) -> None:
-    """DualPipe's formula is then up to a unit too high; the others' is exact."""
+    """DualPipe's formula is up to a unit too high for these; the others' are exact."""
     schedule = made(name, 8, 20)
     times = dict(zip(("f", "b", "w", "fb"), durations, strict=True))
     over = sched.reported_bubble(schedule, **times) - max(simulate(schedule, **times).bubble_R)

@@ -486,8 +486,9 @@ def reported_bubble(
 ) -> float:
     """The bubble of the report's table 2, for the busiest rank.
 
-    In an event simulation DualPipe's is up to a unit smaller where the durations are not whole
-    multiples of one another.
+    Exact in an event simulation if the halves of a backward are as long as a forward. Otherwise
+    DualPipe's is up to about a unit smaller there; where `w` is longer than `b - w`, DualPipe's and
+    ZB1P's are larger.
 
     Raises:
       ValueError: a schedule that the table does not have.

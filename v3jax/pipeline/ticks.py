@@ -2,7 +2,7 @@
 
 A compiled SPMD program moves messages in collectives that all ranks take part in, so a rank whose
 neighbour is in the middle of something waits for it. Taken as they are, DualPipe's pairs, three
-units long beside single units, double its bubble. Here a tick is one operation, backwards and pairs
+units long beside single units, make its bubble 32 instead of 14 on 16 ranks. Here a tick is one operation, backwards and pairs
 in their parts, one after the other: no rank waits for a longer one, an output travels before the
 rest of its pair, and the bubble is smaller than that of the undivided schedule. Where the next
 three operations of all ranks are a forward and the parts of a backward, they run in one tick, in
@@ -75,9 +75,10 @@ def lockstep(
     Raises:
       ValueError: ranks wait for one another for ever.
     """
+    # With operations of one length and nothing gained by overlap, waiting never pays.
+    even = f == w == b - w and fb >= f + b
     tried = [
-        _lockstep(schedule, patient=patient)
-        for patient in ((False, True) if fb < f + b else (False,))
+        _lockstep(schedule, patient=patient) for patient in ([False] if even else [False, True])
     ]
     return min(tried, key=lambda ticks: ticks.makespan(f=f, b=b, w=w, fb=fb))
 
