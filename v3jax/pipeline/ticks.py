@@ -2,11 +2,11 @@
 
 A compiled SPMD program moves messages in collectives that all ranks take part in, so a rank whose
 neighbour is in the middle of something waits for it. Taken as they are, DualPipe's pairs, three
-units long beside single units, make its bubble 32 instead of 14 on 16 ranks. Here a tick is one operation, backwards and pairs
-in their parts, one after the other: no rank waits for a longer one, an output travels before the
-rest of its pair, and the bubble is smaller than that of the undivided schedule. Where the next
-three operations of all ranks are a forward and the parts of a backward, they run in one tick, in
-which they can overlap. Dims: R ranks, S ticks.
+units long beside single units, make its bubble 32 instead of 14 on 16 ranks. Here a tick is one
+operation, backwards and pairs in their parts, one after the other: no rank waits for a longer one,
+an output travels before the rest of its pair, and the bubble is smaller than that of the undivided
+schedule. Where the next three operations of all ranks are a forward and the parts of a backward,
+they run in one tick, in which they can overlap. Dims: R ranks, S ticks.
 """
 
 from collections.abc import Sequence
