@@ -12,9 +12,11 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import jax
 
 from v3jax.aot import process, targets
 from v3jax.aot.collectives import Collective, read_collectives
@@ -25,11 +27,13 @@ from v3jax.compiler import compiler_options
 
 @dataclass(frozen=True)
 class Program:
-    """What to compile: a jitted function, its abstract arguments, and their mesh."""
+    """What to compile: a jitted function, its abstract arguments, their mesh, and options of the
+    compiler beside v3jax's own."""
 
     function: Any
     arguments: Sequence[Any]
     mesh: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,11 @@ def target_of(name: str) -> targets.Target:
 def compile_here(program: Program, target: str) -> Report:
     """Compiles in this process, which must not have met a compiler of another kind."""
     start = time.perf_counter()
-    traced = program.function.trace(*program.arguments)
-    lowered = traced.lower(lowering_platforms=(target_of(target).platform,))
-    compiled = lowered.compile(compiler_options=compiler_options(program.mesh))
+    with jax.set_mesh(program.mesh):
+        traced = program.function.trace(*program.arguments)
+        lowered = traced.lower(lowering_platforms=(target_of(target).platform,))
+    options = {**(compiler_options(program.mesh) or {}), **program.options}
+    compiled = lowered.compile(compiler_options=options)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     found = read_collectives(parse(compiled.as_text()), dict(program.mesh.shape))

@@ -15,7 +15,9 @@ from v3jax.config import (
     LrPhase,
     MeshConfig,
     ModelConfig,
+    MoEConfig,
     NumericsConfig,
+    PipelineConfig,
     SourceConfig,
 )
 from v3jax.registry import register
@@ -50,6 +52,8 @@ def v3_tiny() -> ExperimentConfig:
         ),
         numerics=replace(full.numerics, compute="fp32", remat="none"),
         mesh=MeshConfig(),
+        pipeline=PipelineConfig(),
+        moe=MoEConfig(),
         data=replace(
             full.data,
             sources=tuple(replace(s, max_mb=min(s.max_mb, 8 * s.weight)) for s in EMBEDDED_SOURCES),

@@ -305,6 +305,67 @@ def test_micro_batches_multiply_and_a_balanced_batch_takes_one_pass(
     assert found == [("all-reduce", 5, True), *passes]
 
 
+# Conditionals as GPUs and TPUs have them, in a loop over a pipeline's ticks.
+PIPELINE = """
+HloModule jit_step, is_scheduled=true
+
+%idle (x: f32[8]) -> f32[8] {
+  ROOT %x = f32[8]{0} parameter(0)
+}
+
+%inputs (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %a = f32[8]{0} all-to-all(%x), channel_id=1, replica_groups=[2,8]<=[16]
+}
+
+%alone (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %p = pred[] constant(true)
+  ROOT %y = f32[8]{0} conditional(%p, %x, %x), true_computation=%inputs, false_computation=%idle, metadata={op_name="jit(step)/while/body/pipeline_pair/cond/branch_0_fun/pipeline_inputs/cond"}
+}
+
+%pair (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %b = f32[8]{0} all-reduce(%x), channel_id=2, replica_groups=[2,8]<=[16], to_apply=%add
+}
+
+%tick (s: (s32[], s32[], f32[8])) -> (s32[], s32[], f32[8]) {
+  %s = (s32[], s32[], f32[8]{0}) parameter(0)
+  %k = s32[] get-tuple-element(%s), index=0
+  %m = s32[] get-tuple-element(%s), index=1
+  %w = f32[8]{0} get-tuple-element(%s), index=2
+  %y = f32[8]{0} conditional(%k, %w, %w), branch_computations={%alone, %pair}, metadata={op_name="jit(step)/while/body/pipeline_pair/cond"}
+  ROOT %t = (s32[], s32[], f32[8]{0}) tuple(%k, %m, %y)
+}
+
+%more (s: (s32[], s32[], f32[8])) -> pred[] {
+  %s = (s32[], s32[], f32[8]{0}) parameter(0)
+  %k = s32[] get-tuple-element(%s), index=0
+  %m = s32[] get-tuple-element(%s), index=1
+  ROOT %lt = pred[] compare(%k, %m), direction=LT
+}
+
+ENTRY %main (n: s32[], x: f32[8]) -> f32[8] {
+  %n = s32[] parameter(0)
+  %x = f32[8]{0} parameter(1)
+  %start = (s32[], s32[], f32[8]{0}) tuple(%n, %n, %x)
+  %loop = (s32[], s32[], f32[8]{0}) while(%start), condition=%more, body=%tick, metadata={op_name="jit(step)/shard_map/while"}
+  ROOT %out = f32[8]{0} get-tuple-element(%loop), index=2
+}
+"""  # noqa: E501
+
+
+def test_branches_of_a_pipeline_count_as_often_as_they_are_taken() -> None:
+    loops = Loops(n_micro=100, shares={"pair": 0.4, "inputs": 0.5})
+    found = read_collectives(parse(PIPELINE, loops), MESH)
+    assert [(c.kind, c.count, c.certain) for c in found] == [
+        ("all-to-all", 30, True),
+        ("all-reduce", 40, True),
+    ]
+    unknown = read_collectives(parse(PIPELINE, Loops(n_micro=100)), MESH)
+    assert [(c.count, c.certain) for c in unknown] == [(100, False), (100, False)]
+
+
 def test_loop_of_unknown_length_counts_once() -> None:
     found = read_collectives(parse(STEP.replace("FIRST", "0")), MESH)
     assert [(c.count, c.certain) for c in found] == [(1, False), (1, False)]

@@ -13,9 +13,9 @@ from v3jax.aot.hlo import (
     Module,
     Times,
     called,
+    calls_of,
     closing,
     shape_bytes,
-    times_of,
 )
 
 KINDS = (
@@ -87,12 +87,11 @@ def read_collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Coll
                     )
                 )
                 continue
-            inside = called(instruction)
+            inside = calls_of(module, computation, instruction, times)
             if not inside:
                 continue
-            inner = times_of(module, computation, instruction, times)
             beside = overlapped or (started and _overlapped(module, computation, position))
-            for other in inside:
+            for other, inner in inside:
                 if other in module.computations and inner.count:
                     visit(other, inner, asynchronous or started, beside)
 

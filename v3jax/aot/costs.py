@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from v3jax.aot.collectives import KINDS
-from v3jax.aot.hlo import Array, Computation, Instruction, Module, Times, arrays, called, times_of
+from v3jax.aot.hlo import Array, Computation, Instruction, Module, Times, arrays, called, calls_of
 from v3jax.aot.kernels import Kernel, operand_arrays, read_kernel, target_of
 from v3jax.aot.targets import Chip
 
@@ -104,8 +104,7 @@ def read_costs(module: Module) -> Costs:
             flops = _flops(module, computation, instruction)
             moved = 0 if fused else _moved(module, computation, instruction)
             work.add(Work(flops, flops if opcode in ("dot", "convolution") else 0.0, moved))
-            inner = times_of(module, computation, instruction, times)
-            for other in called(instruction):
+            for other, inner in calls_of(module, computation, instruction, times):
                 if other in module.computations:
                     visit(other, inner, work if fused or opcode in _FUSIONS else None)
 

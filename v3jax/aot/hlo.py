@@ -55,9 +55,11 @@ class Loops:
     """What the training step's run-time numbers are in a balanced batch; None: not known."""
 
     n_micro: int | None = None
-    """Micro-batches of a step."""
+    """Micro-batches of a step; with a pipeline, its ticks."""
     expert_rows: int | None = None
     """Rows that one expert multiplies."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """How often the conditionals of a pipeline are true, by name."""
 
 
 _HEADER = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s.*->.*\{\s*$")
@@ -215,6 +217,25 @@ def called(instruction: Instruction) -> list[str]:
         "async": "calls",
     }.get(kind)
     return re.findall(rf"\b(?:{key})=%?([\w.\-]+)", instruction.attributes) if key else []
+
+
+def calls_of(
+    module: Module, computation: Computation, instruction: Instruction, here: Times
+) -> list[tuple[str, Times]]:
+    """The computations that an instruction runs and how often each, if it itself runs `here`."""
+    times, names = times_of(module, computation, instruction, here), called(instruction)
+    scope = re.search(r'op_name="[^"]*pipeline_(\w+)/cond"', instruction.attributes)
+    share = module.loops.shares.get(scope[1]) if scope else None
+    if instruction.opcode != "conditional" or share is None or len(names) != 2:
+        return [(name, times) for name in names]
+    yes = round(here.count * share)
+    counts = [here.count - yes, yes]  # branches are numbered: the first is that of 0, false
+    if "true_computation" in instruction.attributes:
+        counts.reverse()
+    return [
+        (name, Times(count, here.certain, here.in_unknown_loop))
+        for name, count in zip(names, counts, strict=True)
+    ]
 
 
 def times_of(

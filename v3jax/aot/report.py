@@ -10,6 +10,7 @@ from v3jax.aot.hlo import Loops, Module, parse
 from v3jax.aot.targets import GIB, Target
 from v3jax.config import ExperimentConfig
 from v3jax.cost import flops_per_token
+from v3jax.pipeline.plan import idle_share, plan_of, shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,8 @@ class Report:
     roofline_seconds: dict[str, float] | None
     """Least time of the matrix products at the chip's peak (`flops`), of main memory (`memory`)
     and of the busiest mesh axis (`links`), each by itself."""
+    idle_share: float
+    """Of a pipeline's step, the least that a rank waits; see `pipeline.plan.idle_share`."""
     mfu_bound: float | None
     tokens_per_step: int
     tokens_per_second_per_chip: float | None
@@ -107,7 +110,8 @@ def make_report(
             "memory": costs.memory_bytes / chip.memory_speed,
             "links": links,
         }
-    bound = None if roofline is None else max(roofline.values())
+    idle = idle_share(cfg)
+    bound = None if roofline is None else max(roofline.values()) / (1 - idle)
     seconds = bound if estimated is None else estimated
     slowest = None if bound is None else max(bound, estimated or 0.0)
     if over_bytes is None:  # a TPU's compiler refuses what does not fit, a GPU's compiles it
@@ -130,6 +134,7 @@ def make_report(
         hbm_bytes_per_chip=None if costs is None else costs.memory_bytes,
         estimated_step_seconds=estimated,
         roofline_seconds=roofline,
+        idle_share=idle,
         mfu_bound=None if not slowest else model_flops / (chip.peak_flops * slowest),
         tokens_per_step=tokens,
         tokens_per_second_per_chip=None if not seconds else tokens / seconds / target.n_devices,
@@ -148,9 +153,11 @@ def loops_of(cfg: ExperimentConfig) -> Loops:
     """What is known of the step's loops before it runs."""
     tokens = cfg.batch.micro_batch * cfg.data.seq_len // cfg.mesh.batch_shards
     experts = cfg.model.n_experts // cfg.mesh.expert_shards  # of a device
+    plan, n_micro = plan_of(cfg), cfg.batch.end // cfg.batch.micro_batch
     return Loops(
-        n_micro=cfg.batch.end // cfg.batch.micro_batch,
+        n_micro=n_micro if plan is None else int(plan.orders(n_micro).n_ticks),
         expert_rows=-(-tokens * cfg.model.top_k // cfg.moe.dispatch_chunks // experts),
+        shares=shares(cfg),
     )
 
 
@@ -232,6 +239,7 @@ def table(report: Mapping[str, Any]) -> str:
         ("  of memory traffic", _number(roofline and roofline["memory"])),
         ("  of the busiest links", _number(roofline and roofline["links"])),
         ("seconds a step by XLA", _number(r["estimated_step_seconds"])),
+        ("  of it idle in the pipeline", f"{r['idle_share']:.1%}"),
         ("MFU at most", "unknown" if r["mfu_bound"] is None else f"{r['mfu_bound']:.1%}"),
         (
             "tokens a second and device",

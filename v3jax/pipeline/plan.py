@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from v3jax.config import ExperimentConfig, PipelineConfig
 from v3jax.pipeline.placement import Layout, layout
 from v3jax.pipeline.schedule import Place, fitted, forwards, with_waiting
-from v3jax.pipeline.table import Table, make_table
-from v3jax.pipeline.ticks import abreast, lockstep
+from v3jax.pipeline.table import FORWARD, INPUTS, WEIGHTS, Table, make_table
+from v3jax.pipeline.ticks import Ticks, abreast, lockstep
 
 
 @struct.dataclass
@@ -88,12 +88,13 @@ class Plan:
         )
 
 
+NAMES = {FORWARD: "forward", INPUTS: "inputs", WEIGHTS: "weights"}
+"""Conditionals have names, by which `v3jax.aot` knows how often they are true."""
 ENDS = ("enter", "loss", "back", "leave")
 FIELDS = tuple(make_table(lockstep(fitted("gpipe", 1, 1))).ranks)
 
 
-@functools.lru_cache(maxsize=256)
-def table_of(pipeline: PipelineConfig, n_ranks: int, n_micro: int, backward: bool = True) -> Table:
+def ticks_of(pipeline: PipelineConfig, n_ranks: int, n_micro: int, backward: bool = True) -> Ticks:
     """The ticks of a step, or of its forward passes alone."""
     schedule = fitted(pipeline.schedule, n_ranks, n_micro)
     if not backward:
@@ -101,8 +102,24 @@ def table_of(pipeline: PipelineConfig, n_ranks: int, n_micro: int, backward: boo
     if pipeline.most_waiting is not None:
         schedule = with_waiting(schedule, pipeline.most_waiting)
     if pipeline.mode == "masked":
-        return make_table(abreast(schedule))
-    return make_table(lockstep(schedule, fb=pipeline.pair_time))
+        return abreast(schedule)
+    return lockstep(schedule, fb=pipeline.pair_time)
+
+
+@functools.lru_cache(maxsize=256)
+def table_of(pipeline: PipelineConfig, n_ranks: int, n_micro: int, backward: bool = True) -> Table:
+    """The same as numbers."""
+    return make_table(ticks_of(pipeline, n_ranks, n_micro, backward))
+
+
+def idle_share(cfg: ExperimentConfig) -> float:
+    """The share of a full step in which a rank waits, if a forward and each half of a backward take
+    as long; 0 without a pipeline."""
+    if cfg.mesh.pipe == 1:
+        return 0.0
+    n_micro = cfg.batch.end // cfg.batch.micro_batch
+    ticks, fb = ticks_of(cfg.pipeline, cfg.mesh.pipe, n_micro), cfg.pipeline.pair_time
+    return ticks.bubble(fb=fb) / ticks.makespan(fb=fb)
 
 
 @functools.lru_cache(maxsize=16)
@@ -139,4 +156,28 @@ def _plan(cfg: ExperimentConfig, counts: Iterable[int], *, backward: bool) -> Pl
         sides=frozenset(n for n in arrivals if any((t.ranks[n] >= 0).any() for t in tables)),
         n_rows=max(table.n_ticks for table in tables),
         backward=backward,
+    )
+
+
+def shares(cfg: ExperimentConfig) -> dict[str, float]:
+    """How often the conditionals of `pipeline.run`, by name, are true in a full step, on a rank in
+    the middle. Forward and the halves of backward stand where no pair runs."""
+    plan = plan_of(cfg)
+    if plan is None:
+        return {}
+    n_micro = cfg.batch.end // cfg.batch.micro_batch
+    table = table_of(cfg.pipeline, plan.n_ranks, n_micro)
+    run_S, n_ticks = table.ranks["run"][:, plan.n_ranks // 2], table.n_ticks
+    counts = {name: int((run_S & bit > 0).sum()) for bit, name in NAMES.items()}
+    pairs = 0 if plan.masked else int((run_S == sum(NAMES)).sum())
+    alone = {name: (n - pairs) / max(n_ticks - pairs, 1) for name, n in counts.items()}
+    ends = ("first_forward", "last_forward", "first_backward", "last_backward")
+    return (
+        alone
+        | dict.fromkeys(ends, 0.0)
+        | {
+            "pair": pairs / n_ticks,
+            "keep": counts["forward"] / n_ticks,
+            "one_of": n_micro / len(plan.paths) / n_ticks,
+        }
     )

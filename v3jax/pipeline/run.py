@@ -27,7 +27,7 @@ from v3jax.objective import LossParts, Scale
 from v3jax.ops.embedding import add_to_split, embed_split
 from v3jax.ops.loss import split_head_gradients, split_head_nll
 from v3jax.pipeline.placement import from_ranks, to_ranks
-from v3jax.pipeline.plan import Orders, Plan
+from v3jax.pipeline.plan import NAMES, Orders, Plan
 from v3jax.pipeline.stage import Stage
 from v3jax.pipeline.table import FORWARD, INPUTS, WEIGHTS
 from v3jax.sharding import ShardingRules
@@ -263,10 +263,11 @@ class Program:
         def look_up(micro: jax.Array) -> jax.Array:
             return embed_split(self.weights.embed_vD, self.tokens_MBS[micro], self.dtype, _AXIS)
 
-        return [
-            jax.lax.cond(micro_D[d] >= 0, look_up, lambda _: zeros, micro_D[d])
-            for d in range(len(self.plan.paths))
-        ]
+        with jax.named_scope("pipeline_one_of"):
+            return [
+                jax.lax.cond(micro_D[d] >= 0, look_up, lambda _: zeros, micro_D[d])
+                for d in range(len(self.plan.paths))
+            ]
 
     def _losses(self, state: Any, field: Any, micro_D: jax.Array) -> Any:
         """The loss of what has come out of the last stages, and its gradients to their slots."""
@@ -276,7 +277,8 @@ class Program:
             def run(state: Any, micro: jax.Array, rank: int = rank) -> Any:
                 return self._loss(state, field, micro, self.rank == rank)
 
-            state = jax.lax.cond(micro_D[d] >= 0, run, lambda s, m: s, state, micro_D[d])
+            with jax.named_scope("pipeline_one_of"):
+                state = jax.lax.cond(micro_D[d] >= 0, run, lambda s, m: s, state, micro_D[d])
         return state
 
     def _loss(self, state: Any, field: Any, micro: jax.Array, mine: jax.Array) -> Any:
@@ -325,7 +327,8 @@ class Program:
             rows = jax.lax.psum(jnp.where(self.rank == rank, rows_BSD, 0), _AXIS)
             return add_to_split(of_vD, self.tokens_MBS[micro], rows, _AXIS)
 
-        return jax.lax.cond(micro >= 0, run, lambda x: x, of_vD)
+        with jax.named_scope("pipeline_one_of"):
+            return jax.lax.cond(micro >= 0, run, lambda x: x, of_vD)
 
 
 @dataclass(frozen=True)
@@ -342,6 +345,7 @@ class _Side:
 
     def branch(
         self,
+        name: str,
         mine: Any,
         ours: Any,
         run: Callable[..., Any],
@@ -352,7 +356,9 @@ class _Side:
         `run(mine, ...)`, which has to give what `skip` does where `mine` is false."""
         masked = self.program.plan.masked
         own = mine if masked else True
-        return jax.lax.cond(ours if masked else mine, functools.partial(run, own), skip, *operands)
+        with jax.named_scope(f"pipeline_{name}"):
+            asked = ours if masked else mine
+            return jax.lax.cond(asked, functools.partial(run, own), skip, *operands)
 
     def at(self, kind: str, which: int) -> tuple[jax.Array, jax.Array]:
         """Whether an operation's chunk is its direction's first (0) or last (-1) stage; on any
@@ -381,6 +387,7 @@ class _Side:
         segments_BS = self.segments("f")
         embedded_BTD = self.of_end(entering, "f")[:, :-1]
         return self.branch(
+            "first_forward",
             mine & self.does[FORWARD],
             ours,
             lambda own, x: chosen(own, stage.dense(ends, embedded_BTD, segments_BS), x),
@@ -402,6 +409,7 @@ class _Side:
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(out, y_BTD))
         does = self.does[FORWARD]
         (hidden, balance), stats = self.branch(
+            "last_forward",
             last & does,
             ours,
             lambda own, y: chosen(own, out(y), nothing),
@@ -422,6 +430,7 @@ class _Side:
             first, self.of_end(rows["enter"], "f"), jnp.pad(y_BTD, ((0, 0), (0, 1), (0, 0)))
         )
         end = self.branch(
+            "keep",
             does,
             self.some[FORWARD],
             lambda _, pool: put(pool, self.field["f_saved"], row),
@@ -443,7 +452,7 @@ class _Side:
                 return chosen(own, (y_BTD, self._with_layer(parts, slot, balance, stats)), carried)
 
             does, some = self.does[FORWARD] & filled, self.some[FORWARD]
-            return self.branch(does, some, run, lambda c: c, carried), None
+            return self.branch("forward", does, some, run, lambda c: c, carried), None
 
         n_slots = program.plan.layout.layers_RCQ.shape[-1]
         return jax.lax.scan(one, (x_BTD, parts), jnp.arange(n_slots))[0]
@@ -472,6 +481,7 @@ class _Side:
 
         mine, ours = self.at("i", -1)
         of_ends, g_BTD, of_row = self.branch(
+            "last_backward",
             mine & self.does[INPUTS],
             ours,
             from_loss,
@@ -498,6 +508,7 @@ class _Side:
 
         mine, ours = self.at("i", 0)
         of_ends, g_BTD = self.branch(
+            "first_backward",
             mine & self.does[INPUTS],
             ours,
             through_dense,
@@ -532,7 +543,8 @@ class _Side:
 
         def one_by_one(carried: Any) -> Any:
             for bit, does, run in asked:
-                carried = self.branch(does, self.some[bit], run, lambda c: c, carried)
+                name = NAMES[bit]
+                carried = self.branch(name, does, self.some[bit], run, lambda c: c, carried)
             return carried
 
         def side_by_side(carried: Any) -> Any:
@@ -544,7 +556,8 @@ class _Side:
         if self.program.plan.masked:
             return one_by_one(carried)
         every = asked[0][1] & asked[1][1] & asked[2][1]
-        return jax.lax.cond(every, side_by_side, one_by_one, carried)
+        with jax.named_scope("pipeline_pair"):
+            return jax.lax.cond(every, side_by_side, one_by_one, carried)
 
     def _slot(self, kind: str, q: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         """Where a chunk's layer number q lies, which it is, and whether there is one."""
