@@ -7,7 +7,8 @@
 
 What each part finds is also written to benchmarks/results, with the command.
 
-`layouts`: every layout of `v3_full` through `v3jax.aot`. `recompute`: memory and work of a device
+`layouts`: every layout of `v3_full` without stages through `v3jax.aot`, `piped`: `v3_full` itself
+for H100 and v5p. `recompute`: memory and work of a device
 under each `numerics.remat`. `step`: MaxText 0.2.5's own recipe for DeepSeek-V3 on 512 TPU v5p (FSDP
 512, sequence 8192, 6 sequences a chip; without MTP, bias update, node-limited routing or balance
 loss) against `v3_full_v5p` with the same tokens a chip and all of them. `layer`: what one MoE layer
@@ -37,8 +38,8 @@ from v3jax.aot.hlo import parse
 from v3jax.aot.report import table
 from v3jax.aot.targets import GIB
 
-_PARTS = flags.DEFINE_list("parts", ["layouts"], "layouts, recompute, step, layer, readme.")
-_ONLY = flags.DEFINE_list("only", [], "Names of layouts; default all.")
+_PARTS = flags.DEFINE_list("parts", ["layouts"], "layouts, piped, recompute, step, layer, readme.")
+_ONLY = flags.DEFINE_list("only", [], "Names of layouts, or chips of `piped`; default all.")
 _TPU = flags.DEFINE_string("tpu-python", "python", "Python of an environment with extra tpu.")
 _CUDA = flags.DEFINE_string("cuda-python", "python", "Python of an environment with extra cuda.")
 _MAXTEXT = flags.DEFINE_string("maxtext", None, "MaxText's virtual environment.")
@@ -52,6 +53,8 @@ LAYOUTS = {
     "v3_full_tpu7x": "tpu:tpu7x:4x8x8",
     "v3_full_h100": "gpu:h100:256x8",
 }
+PIPED = {"h100": "gpu:h100:256x8", "v5p": "tpu:v5p:8x16x16"}
+"""What `v3_full` itself, through its pipeline, is compiled for."""
 THEIR_FLAGS = Path(__file__).parent / "maxtext_flags.txt"
 """Of MaxText's recipe `deepseek3_671b_v5p_1024`, but for one that this libtpu does not know."""
 
@@ -69,11 +72,19 @@ def keep(name: str, command: str, found: Mapping[str, Any]) -> None:
 def print_layouts() -> None:
     """Compiles each layout and keeps its report."""
     for exp in _ONLY.value or LAYOUTS:
-        target = targets.parse(LAYOUTS[exp])
-        report = ours(exp, (), target, estimate=True)
-        command = f"python -m v3jax.aot --exp={exp} --target={target} --json"
-        keep(exp, command, report)
-        print(f"{table(report)}\n", flush=True)
+        _print_layout(exp, LAYOUTS[exp], exp)
+
+
+def print_piped() -> None:
+    """The same of `v3_full` on each of its targets."""
+    for name in _ONLY.value or PIPED:
+        _print_layout("v3_full", PIPED[name], f"v3_full_pipe_{name}")
+
+
+def _print_layout(exp: str, target: str, name: str) -> None:
+    report = ours(exp, (), targets.parse(target), estimate=True)
+    keep(name, f"python -m v3jax.aot --exp={exp} --target={target} --json", report)
+    print(f"{table(report)}\n", flush=True)
 
 
 def print_recompute() -> None:
@@ -382,6 +393,11 @@ def print_readme() -> None:
     """The kept results as the Markdown tables of the README."""
     found = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in LAYOUTS}
     print(_markdown(["", *(f"`{name}`" for name in found)], _layout_rows(list(found.values()))))
+    piped = [json.loads((RESULTS / f"v3_full_pipe_{name}.json").read_text()) for name in PIPED]
+    rows = _layout_rows(piped)
+    rows.insert(-3, ["idle in the pipeline", *(f"{r['idle_share']:.1%}" for r in piped)])
+    print()
+    print(_markdown(["`v3_full`, pipe=16", *PIPED], [*rows, *_exchange_rows(piped)]))
     steps, layers, recompute = (
         json.loads((RESULTS / f"{name}.json").read_text())
         for name in ("step", "layer", "recompute")
@@ -477,6 +493,24 @@ def _layout_rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
+def _exchange_rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Of the exchanges of tokens in a step of a device: all, started and awaited apart, and with a
+    matrix product between."""
+    rows = []
+    for axis in ("node", "expert"):
+        told = []
+        for report in reports:
+            some = [
+                r
+                for r in report["collectives"]
+                if (r["axis"], r["kind"]) == (axis, "ragged-all-to-all")
+            ]
+            counts = (sum(r[name] for r in some) for name in ("count", "async", "overlapped"))
+            told.append(" / ".join(f"{count:,}" for count in counts))
+        rows.append([f"exchanges over {axis}: all / async / beside", *told])
+    return rows
+
+
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -486,6 +520,7 @@ def main(argv: list[str]) -> None:
     del argv
     parts = {
         "layouts": print_layouts,
+        "piped": print_piped,
         "recompute": print_recompute,
         "step": print_step,
         "layer": print_layer,

@@ -50,7 +50,7 @@ def test_tables_of_compiled_steps_are_those_of_the_kept_results(readme: str, rep
     command = [sys.executable, "-m", "benchmarks.full_size", "--parts=readme"]
     done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True)
     tables = done.stdout.strip().split("\n\n")
-    assert len(tables) == 4
+    assert len(tables) == 5
     for table in tables:
         assert table in readme
 

@@ -1,4 +1,4 @@
-"""What a pipeline's ranks are told: orders for each number of micro-batches, what they add up to."""
+"""What a pipeline's ranks are told: orders for every number of micro-batches, and their sums."""
 
 from dataclasses import replace
 from typing import Any

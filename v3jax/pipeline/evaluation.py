@@ -40,8 +40,9 @@ def nll(
     orders: Orders = replace(
         arrays, ranks={name: array_SR[:, rank, None] for name, array_SR in arrays.ranks.items()}
     )
-    # Sums, of the main model alone.
-    main = replace(cfg, model=replace(cfg.model, mtp_depth=0))
+    # Sums, of the main model alone, which a stage of MTP modules need not have any of: the ranks
+    # are the plan's.
+    main = replace(cfg, model=replace(cfg.model, mtp_depth=0), mesh=replace(cfg.mesh, pipe=1))
     weights = gather(cfg, rules, plan, specs, places, params)
     one = jnp.ones(())
     scale = Scale(n_targets=one, n_sequences=one, mtp_weight=jnp.zeros(()))

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from v3jax import objective, sharding
+from v3jax import kernels, objective, sharding
 from v3jax.config import ExperimentConfig
 from v3jax.model.layers import compute_dtype, master_dtype, type_of
 from v3jax.objective import LossParts, Scale
@@ -138,6 +138,7 @@ class Program:
         self.row_shape = (self.batch, length, cfg.model.dim)
         self.depth = cfg.model.mtp_depth
         self.alpha = objective.balance_alpha(cfg) / scale.n_sequences.astype(self.wide)
+        self.on_cpu = kernels.platform() == "cpu"
         # Weights have been gathered for the step.
         own = replace(rules, storage="whole", halves=plan.backward)
         self.stage = Stage(cfg, own, weights.layers_N, router_state, segments_MBS.shape[1:])
@@ -211,17 +212,21 @@ class Program:
         }
 
     def _tick(self, state: Any, field: Any, ends: Any, together: jax.Array) -> Any:
-        state = self._arrived(state, field)
-        rows = {name: self._looked_up(ends[name]) for name in self._looks_up}
-        does = {bit: field["run"] & bit > 0 for bit in (FORWARD, INPUTS, WEIGHTS)}
-        some = {bit: together & bit > 0 for bit in does}
-        side = _Side(self, field, ends, does, some)
+        state, done = self._arrived(state, field)
+        rows = {}
+        for name in self._looks_up:
+            rows[name], done = self._looked_up(self.after(done, ends[name]))
+        run = self.after(done, field["run"])
+        does = {bit: run & bit > 0 for bit in (FORWARD, INPUTS, WEIGHTS)}
+        some = {bit: self.after(done, together) & bit > 0 for bit in does}
+        here = {name: self.after(done, micro_D) for name, micro_D in ends.items()}
+        side = _Side(self, field, here, does, some)
         x_BTD = side.forward_in(state, rows["enter"])
         if not self.plan.backward:
             x_BTD, parts = side.forward_alone(x_BTD, state["parts"])
             state = side.forward_out(state | {"parts": parts}, x_BTD, rows)
-            return self._losses(state, field, ends["loss"])
-        state, g_BTD = side.backward_in(state, rows)
+            return self._losses(state, field, self.after(state["hidden"], ends["loss"]))
+        state, g_BTD = side.backward_in(state, rows, x_BTD)
         carried = {name: state[name] for name in ("saved", "found", "parts")}
         carried |= {"x": x_BTD, "g": g_BTD, "layers": state["gradients"]["layers"]}
         carried = side.through_layers(carried)
@@ -230,8 +235,20 @@ class Program:
         state |= {"gradients": gradients}
         state = side.backward_out(state, carried["g"])
         state = side.forward_out(state, carried["x"], rows)
-        state = self._losses(state, field, ends["loss"])
-        return self._embedding_gradients(state, ends)
+        state = self._losses(state, field, self.after(state["hidden"], ends["loss"]))
+        done = state["gradients"]["head"]
+        return self._embedding_gradients(state, {k: self.after(done, v) for k, v in ends.items()})
+
+    def after(self, done: jax.Array, number: jax.Array) -> jax.Array:
+        """An integer that cannot be read before an array has been computed.
+
+        XLA runs what does not depend on each other at once on CPU, collectives in branches and
+        loops too, and mixes up those of one kind; elsewhere they run in the program's order.
+        """
+        if not self.on_cpu:
+            return number
+        nothing = jnp.minimum(self.orders.n_micro, 0)  # which the compiler does not know to be 0
+        return number + (done.ravel()[0].astype(jnp.int32) & nothing)
 
     @property
     def _looks_up(self) -> tuple[str, ...]:
@@ -241,33 +258,38 @@ class Program:
 
     # ---- What all ranks do together
 
-    def _arrived(self, state: Any, field: Any) -> Any:
-        """What the neighbours have sent is put into its slots."""
+    def _arrived(self, state: Any, field: Any) -> tuple[Any, jax.Array]:
+        """What the neighbours have sent is put into its slots; and the last of it."""
         n_ranks = self.plan.n_ranks
         pairs = {
             "left": [(r, r + 1) for r in range(n_ranks - 1)],
             "right": [(r + 1, r) for r in range(n_ranks - 1)],
         }
+        done = state["sent_x"]
         for name in sorted(self.plan.sides):
             what, _, side = name.partition("_")
             got = state[f"sent_{what}"]
             if side in pairs:
-                got = jax.lax.ppermute(got, _AXIS, pairs[side])
+                if self.on_cpu:
+                    got = jnp.where(self.after(done, jnp.int32(0)) == 0, got, 0)
+                got = done = jax.lax.ppermute(got, _AXIS, pairs[side])
             state = state | {what: put(state[what], field[name], got)}
-        return state
+        return state, done
 
-    def _looked_up(self, micro_D: jax.Array) -> list[jax.Array]:
-        """Embeddings `[B, S, D]` of each direction's micro-batch, zeros if there is none."""
+    def _looked_up(self, micro_D: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        """Embeddings `[B, S, D]` of each direction's micro-batch, zeros if there is none; and the
+        last of them."""
         zeros = jnp.zeros(self.row_shape, self.dtype)
 
         def look_up(micro: jax.Array) -> jax.Array:
             return embed_split(self.weights.embed_vD, self.tokens_MBS[micro], self.dtype, _AXIS)
 
+        rows: list[jax.Array] = []
         with jax.named_scope("pipeline_one_of"):
-            return [
-                jax.lax.cond(micro_D[d] >= 0, look_up, lambda _: zeros, micro_D[d])
-                for d in range(len(self.plan.paths))
-            ]
+            for d in range(len(self.plan.paths)):
+                micro = self.after(rows[-1], micro_D[d]) if rows else micro_D[d]
+                rows.append(jax.lax.cond(micro >= 0, look_up, lambda _: zeros, micro))
+        return rows, rows[-1]
 
     def _losses(self, state: Any, field: Any, micro_D: jax.Array) -> Any:
         """The loss of what has come out of the last stages, and its gradients to their slots."""
@@ -459,8 +481,10 @@ class _Side:
 
     # ---- Backward
 
-    def backward_in(self, state: Any, rows: Mapping[str, Any]) -> tuple[Any, jax.Array]:
-        """The gradient of the output of the chunk's MoE layers."""
+    def backward_in(
+        self, state: Any, rows: Mapping[str, Any], x_BTD: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """The gradient of the output of the chunk's MoE layers, after `forward_in` has given x."""
         program = self.program
         stage, depth = program.stage, program.depth
         segments_BS = self.segments("i")
@@ -480,6 +504,8 @@ class _Side:
             return gradients, chosen(own, g_BTD, from_neighbour), of_row if depth else nothing
 
         mine, ours = self.at("i", -1)
+        now = self.program.after(x_BTD, jnp.int32(0)) == 0
+        mine, ours = mine & now, ours & now
         of_ends, g_BTD, of_row = self.branch(
             "last_backward",
             mine & self.does[INPUTS],
@@ -553,7 +579,8 @@ class _Side:
                 carried = run(True, carried)
             return carried
 
-        if self.program.plan.masked:
+        exchanges = self.program.cfg.mesh.batch_shards > 1
+        if self.program.plan.masked or (self.program.on_cpu and exchanges):  # see `Program.after`
             return one_by_one(carried)
         every = asked[0][1] & asked[1][1] & asked[2][1]
         with jax.named_scope("pipeline_pair"):
