@@ -5,12 +5,12 @@
 No accelerator is used, and no figure is a time but the compiler's. The PYTHONs belong to
 environments with the package and its extra `tpu` or `cuda`; this one by default.
 
-The first table is of a step's gradients on eight TPU v5p, of 16 MoE layers of width 2048 and rows
-of 1024 tokens, 24 micro-batches, with the report's recomputation. `temporaries` are XLA's, `copies`
-what of them are weights in BF16 and their gradients in FP32, of which DualPipe has two of each
-layer, and `rest` what is left: activations above all. `scan` is the same layers as a loop over
-ticks through which JAX differentiates, as pipelines in JAX are mostly written: it keeps what every
-tick of every rank has saved. `waiting` is `pipeline.most_waiting`.
+The first table is of the loop over ticks on eight TPU v5p, for 16 MoE layers of width 2048, rows of
+1024 tokens, 24 micro-batches, and the report's recomputation. Weights in BF16 are its arguments and
+gradients in FP32 its results, of which DualPipe has two of each layer; `temporaries` are what XLA
+needs besides: activations above all. `scan` is the same layers as a loop over ticks through which
+JAX differentiates, as pipelines in JAX are mostly written: it keeps what every tick of every rank
+has saved. `waiting` is `pipeline.most_waiting`.
 
 The second is of one MoE layer of DeepSeek-V3 forward beside one backward, on 8 nodes of 8 devices:
 how many of the exchanges of rows, gates and numbers the compiler starts and awaits apart, and how
@@ -30,17 +30,17 @@ from absl import app, flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.ahead import Program, Report, compile_for
+from benchmarks import ahead
+from benchmarks.ahead import Report, compile_for
 from v3jax import registry
 from v3jax.config import BatchConfig, ExperimentConfig, MeshConfig, MoEConfig, PipelineConfig
 from v3jax.model.layers import compute_dtype, type_of
 from v3jax.objective import Scale
 from v3jax.ops.loss import linear_cross_entropy
-from v3jax.pipeline.placement import from_ranks
 from v3jax.pipeline.plan import plan_of
-from v3jax.pipeline.run import gather, step_gradients
+from v3jax.pipeline.run import Program, Weights, gather
 from v3jax.pipeline.stage import Stage
-from v3jax.sharding import BATCH_AXES, abstract_mesh, make_mesh, rules_of
+from v3jax.sharding import BATCH_AXES, make_mesh, rules_of
 from v3jax.state import abstract_state, param_specs
 from v3jax.step import abstract_amount, amount_specs
 
@@ -51,12 +51,11 @@ _TABLES = flags.DEFINE_list("tables", ["memory", "overlap"], "Tables to print.")
 _MIB = 2**20
 N_RANKS, N_MICRO = 8, 24
 SCHEDULES: tuple[tuple[str, int | None], ...] = (
-    ("gpipe", None),
     ("1f1b", None),
-    ("zb1p", None),
-    ("dualpipe", None),
     ("dualpipe", 0),
-    ("dualpipev", None),
+    ("dualpipe", None),
+    ("zb1p", None),
+    ("gpipe", None),
     ("dualpipev", 0),
 )
 
@@ -70,6 +69,7 @@ def experiment(schedule: Any, most_waiting: int | None = None) -> ExperimentConf
     return replace(
         full,
         name="pipeline_memory",
+        numerics=replace(full.numerics, remat="report"),
         model=replace(
             full.model,
             vocab_size=8192,
@@ -92,9 +92,11 @@ def experiment(schedule: Any, most_waiting: int | None = None) -> ExperimentConf
     )
 
 
-def gradients(devices: Sequence[Any], schedule: str, most_waiting: int | None = None) -> Program:
-    """A step's gradients through a pipeline, or, as `scan`, through a loop that JAX differentiates;
-    for `benchmarks.ahead`."""
+def gradients(
+    devices: Sequence[Any], schedule: str, most_waiting: int | None = None
+) -> ahead.Program:
+    """What a rank computes of a step's gradients from its own weights, through a pipeline, or, as
+    `scan`, through a loop that JAX differentiates; for `benchmarks.ahead`."""
     through_scan = schedule == "scan"
     cfg = experiment("1f1b" if through_scan else schedule, most_waiting)
     mesh, rules = make_mesh(cfg.mesh, devices), rules_of(cfg)
@@ -103,38 +105,51 @@ def gradients(devices: Sequence[Any], schedule: str, most_waiting: int | None = 
     specs, places = param_specs(cfg, mesh, rules)
     plan = plan_of(cfg)
     assert plan is not None
+    by_rank, rows = P("pipe"), P(None, BATCH_AXES)
 
-    def run(params: Any, router_state: Any, tokens: Any, segments: Any, orders: Any) -> Any:
+    def own_weights(params: Any) -> Any:
+        weights = gather(cfg, rules, plan, specs, places, params)
+        return jax.tree.map(lambda a: a[None], vars(weights))
+
+    made = jax.shard_map(
+        own_weights, mesh=mesh, in_specs=(places,), out_specs=by_rank, check_vma=False
+    )
+    weights = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, by_rank)),
+        jax.eval_shape(made, state.params),
+    )
+
+    def run(weights: Any, router_state: Any, tokens: Any, segments: Any, orders: Any) -> Any:
+        own = Weights(**jax.tree.map(lambda a: a[0], weights))
         number = jnp.float32(N_MICRO)
         scale = Scale(n_targets=number * 1024, n_sequences=number, mtp_weight=jnp.float32(0.3))
-        inputs = (cfg, rules, plan, specs, places, params, router_state, tokens, segments)
         if through_scan:
-            return _scan_gradients(*inputs, scale)
-        return step_gradients(*inputs, orders, scale)[0]
+            found = _scan_gradients(cfg, rules, plan, own, router_state, tokens, segments, scale)
+        else:
+            program = Program(cfg, rules, plan, own, router_state, tokens, segments, orders, scale)
+            found, _ = program.run()
+        return jax.tree.map(lambda g: g[None].astype(jnp.float32), found)
 
-    rows = P(None, BATCH_AXES)
     function = jax.jit(
         jax.shard_map(
             run,
             mesh=mesh,
-            in_specs=(places, P(), rows, rows, amount_specs(cfg)),
-            out_specs=places,
+            in_specs=(by_rank, P(), rows, rows, amount_specs(cfg)),
+            out_specs=by_rank,
             check_vma=False,
         )
     )
     batch = jax.ShapeDtypeStruct(
         (N_MICRO, 1, cfg.data.seq_len + 1), np.int32, sharding=NamedSharding(mesh, rows)
     )
-    return Program(function, (state.params, state.router_state, batch, batch, amount), mesh)
+    return ahead.Program(function, (weights, state.router_state, batch, batch, amount), mesh)
 
 
 def _scan_gradients(
     cfg: ExperimentConfig,
     rules: Any,
     plan: Any,
-    specs: Any,
-    places: Any,
-    params: Any,
+    weights: Weights,
     router_state: Any,
     tokens_MBS: jax.Array,
     segments_MBS: jax.Array,
@@ -143,15 +158,13 @@ def _scan_gradients(
     """Each rank's layers in every tick, outputs to the next rank, and `jax.grad` of all that."""
     rank, n_micro = jax.lax.axis_index("pipe"), len(tokens_MBS)
     dtype, dim = compute_dtype(cfg.numerics), cfg.model.dim
-    weights = gather(cfg, rules, plan, specs, places, params)
     own = replace(rules, storage="whole")
-    embed_VD = jax.lax.all_gather(weights.embed_vD, "pipe", axis=0, tiled=True)
-    head_DV = jax.lax.all_gather(weights.head_Dv, "pipe", axis=1, tiled=True)
     layers_RCQ = jnp.asarray(plan.layout.layers_RCQ)
 
     def loss(trained: Any) -> jax.Array:
-        layers_N, norm, embed_VD, head_DV = trained
-        stage = Stage(cfg, own, layers_N, router_state, tokens_MBS.shape[1:])
+        embed_VD = jax.lax.all_gather(trained["embed"], "pipe", axis=0, tiled=True)
+        head_DV = jax.lax.all_gather(trained["head"], "pipe", axis=1, tiled=True)
+        stage = Stage(cfg, own, trained["layers"], router_state, tokens_MBS.shape[1:])
         ahead = [(r, r + 1) for r in range(N_RANKS - 1)]
 
         def tick(x_BTD: jax.Array, t: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -171,9 +184,8 @@ def _scan_gradients(
 
         start = jnp.zeros((1, cfg.data.seq_len, dim), dtype)
         _, (outputs, balances) = jax.lax.scan(tick, start, jnp.arange(n_micro + N_RANKS - 1))
-        hidden = stage.out(
-            {"norm": norm}, outputs[N_RANKS - 1 :, 0], jnp.zeros(()), segments_MBS[:, 0]
-        )
+        last, segments_BS = outputs[N_RANKS - 1 :, 0], segments_MBS[:, 0]
+        hidden = stage.out(trained["ends"], last, jnp.zeros(()), segments_BS)
         mask = segments_MBS[:, 0, 1:] > 0
         total, _ = linear_cross_entropy(
             hidden[0][0][0], head_DV, tokens_MBS[:, 0, 1:], mask / scale.n_targets
@@ -181,58 +193,35 @@ def _scan_gradients(
         total = jnp.where(rank == N_RANKS - 1, total, 0)
         return total + cfg.balance.sequence_alpha * balances.sum() / scale.n_sequences
 
-    trained = (weights.layers_N, weights.ends["norm"], embed_VD, head_DV)
-    of_layers, of_norm, of_embed, of_head = jax.grad(loss)(trained)
-
-    def stored(g: jax.Array, spec: P, place: P) -> jax.Array:
-        return from_ranks(
-            g.astype(jnp.float32), spec, place, plan.layout, cfg.model.n_moe_layers, rules
-        )
-
-    of_embed, of_head = (
-        jax.lax.psum_scatter(g.astype(jnp.float32), "pipe", scatter_dimension=d, tiled=True)
-        for g, d in ((of_embed, 0), (of_head, 1))
-    )
-    return {
-        "moe_layers": jax.tree.map(stored, of_layers, specs["moe_layers"], places["moe_layers"]),
-        "norm": jax.lax.psum(of_norm, "pipe"),
-        "embed_tokens": of_embed,
-        "lm_head": of_head,
+    trained = {
+        "layers": weights.layers_N,
+        "ends": weights.ends,
+        "embed": weights.embed_vD,
+        "head": weights.head_Dv,
     }
-
-
-def copies_bytes(schedule: str) -> int:
-    """A rank's layers in BF16 and the FP32 sums of their gradients; of `scan`, the gradients that
-    leave JAX in BF16 count as FP32 too, since they are made that before they are sent."""
-    cfg = experiment("1f1b" if schedule == "scan" else schedule)
-    plan = plan_of(cfg)
-    assert plan is not None
-    rules = rules_of(cfg)
-    layers = abstract_state(cfg, abstract_mesh(cfg.mesh), rules).params["moe_layers"]
-    per_layer = sum(x.size // x.shape[0] for x in jax.tree.leaves(layers))
-    return 6 * per_layer * plan.layout.flat.shape[1]
+    return jax.grad(loss)(trained)
 
 
 def print_memory() -> None:
     """Temporaries of a device by schedule."""
     print(f"v5p:2x2x2, {N_RANKS} ranks, {N_MICRO} micro-batches, MiB a device:")
     print(
-        f"{'schedule':>12s} {'waiting':>8s} {'temporaries':>12s} {'copies':>7s} {'rest':>7s} "
-        f"{'of scan':>8s} {'of 1f1b':>8s} {'compiled':>9s}"
+        f"{'schedule':>12s} {'waiting':>8s} {'temporaries':>12s} {'of scan':>8s} {'of 1f1b':>8s} "
+        f"{'weights':>8s} {'gradients':>10s} {'compiled':>9s}"
     )
-    rests: dict[str, float] = {}
+    found: dict[str, float] = {}
     for schedule, waiting in (("scan", None), *SCHEDULES):
         report = compiled("gradients", "v5p:2x2x2", schedule=schedule, most_waiting=waiting)
         if report is None:
             return
-        copies = copies_bytes(schedule) / _MIB
-        rest = report.temp_bytes / _MIB - copies
-        rests.setdefault(schedule, rest)
-        ratios = [f"{rest / rests[k]:8.2f}" if k in rests else f"{'':8s}" for k in ("scan", "1f1b")]
+        temp = report.temp_bytes / _MIB
+        found.setdefault(schedule, temp)
+        ratios = [f"{temp / found[k]:8.2f}" if k in found else f"{'':8s}" for k in ("scan", "1f1b")]
         asked = "-" if waiting is None else str(waiting)
         print(
-            f"{schedule:>12s} {asked:>8s} {report.temp_bytes / _MIB:12.0f} {copies:7.0f} "
-            f"{rest:7.0f} {' '.join(ratios)} {report.compile_seconds:7.0f} s",
+            f"{schedule:>12s} {asked:>8s} {temp:12.0f} {' '.join(ratios)} "
+            f"{report.argument_bytes / _MIB:8.0f} {report.output_bytes / _MIB:10.0f} "
+            f"{report.compile_seconds:7.0f} s",
             flush=True,
         )
 
@@ -240,7 +229,9 @@ def print_memory() -> None:
 # ---- Overlap
 
 
-def pair(devices: Sequence[Any], where: str, options: Mapping[str, Any] | None = None) -> Program:
+def pair(
+    devices: Sequence[Any], where: str, options: Mapping[str, Any] | None = None
+) -> ahead.Program:
     """A layer forward and another backward on 64 devices; for `benchmarks.ahead`.
 
     Args:
@@ -332,7 +323,7 @@ def pair(devices: Sequence[Any], where: str, options: Mapping[str, Any] | None =
         check_vma=False,
     )
     arguments = (layers, state.router_state, asked, x, x, segments, saved)
-    return Program(jax.jit(function), arguments, mesh, options or {})
+    return ahead.Program(jax.jit(function), arguments, mesh, options or {})
 
 
 def print_overlap() -> None:
