@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "vjp_node")
 """Primitives that only group operations."""
@@ -87,14 +90,10 @@ def split(f: Callable[..., tuple[Any, Any]], params: Any, x: Any, *others: Any) 
     program = _inlined(jax.make_jaxpr(backward)(flat, saved, outputs))
     jaxpr = program.jaxpr
     for_x, for_params = jaxpr.outvars[: len(x_leaves)], jaxpr.outvars[len(x_leaves) :]
-    changing = _touched(jaxpr.eqns, jaxpr.invars[len(flat) :])
-    early = _needed(jaxpr.eqns, for_x)
-    done = {var: None for eqn in early for var in eqn.outvars if var in changing}
-    # What depends on parameters alone is made again rather than kept.
-    late = _needed([e for e in jaxpr.eqns if not any(v in done for v in e.outvars)], for_params)
-    asked = _variables([*(v for eqn in late for v in eqn.invars), *for_params])
     given = jaxpr.invars[: len(flat) + len(saved)]
-    between = [var for var in (*jaxpr.invars[len(given) :], *done) if var in asked]
+    early = _needed(jaxpr.eqns, for_x)
+    changing = _touched(jaxpr.eqns, jaxpr.invars[len(flat) :])
+    between, early, late = _cheapest(jaxpr, early, given, for_params, changing)
     first_half = _program(program, jaxpr.invars, [*for_x, *between], early)
     second_half = _program(program, [*given, *between], for_params, late)
     x_tree, params_tree = jax.tree.structure(x), jax.tree.structure(params)
@@ -108,6 +107,110 @@ def split(f: Callable[..., tuple[Any, Any]], params: Any, x: Any, *others: Any) 
         return jax.tree.unflatten(params_tree, out)
 
     return Split(forward, inputs, weights, saved, _shapes(between), (traced.jaxpr, jaxpr))
+
+
+def _cheapest(
+    jaxpr: Any,
+    early: Sequence[Any],
+    given: Sequence[Any],
+    for_params: Sequence[Any],
+    changing: set[Any],
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """What to keep for the second half, in fewest bytes, and the operations of both halves.
+
+    `early` operations have to run in the first half. Cheap ones, elementwise or of shape alone, may
+    run in either or both: what is kept is the smallest set of variables that cuts what only the
+    first half can compute from what the second half needs (Ford and Fulkerson). What is not
+    `changing` depends on parameters alone and is made again too.
+    """
+    in_first = {id(eqn) for eqn in early}
+    made_by = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+    numbers: dict[Any, int] = {}  # of a variable's node; the next is where it leaves from
+    edges: dict[tuple[int, int], int] = {}
+    source, sink, endless = 0, 1, 2**30
+
+    def node(var: Any) -> int:
+        if var not in numbers:
+            numbers[var] = at = 2 + 2 * len(numbers)
+            edges[at, at + 1] = max(-(-var.aval.size * var.aval.dtype.itemsize // 1024), 1)
+        return numbers[var]
+
+    seen = set(given)
+    todo = list(_variables(for_params))
+    edges |= {(node(var) + 1, sink): endless for var in todo}
+    while todo:
+        var = todo.pop()
+        if var in seen:
+            continue
+        seen.add(var)
+        eqn = made_by.get(var)
+        again = eqn is not None and (eqn.primitive.name in _CHEAP or var not in changing)
+        if eqn is None or (id(eqn) in in_first and not again):
+            edges[source, node(var)] = endless  # only the first half has it
+            continue
+        for operand in _variables(eqn.invars):
+            # Another operation runs in the second half, where all of its operands have to be.
+            edges[node(operand) + 1, node(var) if again else sink] = endless
+            todo.append(operand)
+    ends, n = np.array(list(edges), np.int32).T, 2 + 2 * len(numbers)
+    sizes = np.array(list(edges.values()), np.int32)
+    graph = csr_array((sizes, (ends[0], ends[1])), shape=(n, n))
+    left = csr_array(graph - maximum_flow(graph, source, sink).flow)
+    left.data[left.data < 0] = 0
+    left.eliminate_zeros()
+    reached = set(breadth_first_order(left, source, return_predecessors=False).tolist())
+    cut = {v for v, at in numbers.items() if at in reached and at + 1 not in reached}
+    between = [v for v in (*jaxpr.invars, *made_by) if v in cut]  # in the program's order
+    late = _needed([e for e in jaxpr.eqns if not cut.intersection(e.outvars)], for_params)
+    done = {id(eqn) for eqn in early}
+    first = [e for e in _needed(jaxpr.eqns, between) if id(e) not in done]
+    position = {id(eqn): i for i, eqn in enumerate(jaxpr.eqns)}
+    return between, sorted([*early, *first], key=lambda eqn: position[id(eqn)]), late
+
+
+_CHEAP = frozenset(
+    [
+        "add",
+        "add_any",
+        "and",
+        "broadcast_in_dim",
+        "concatenate",
+        "convert_element_type",
+        "copy",
+        "div",
+        "eq",
+        "exp",
+        "expand_dims",
+        "ge",
+        "gt",
+        "integer_pow",
+        "iota",
+        "le",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "not",
+        "or",
+        "pad",
+        "reshape",
+        "rsqrt",
+        "select_n",
+        "sign",
+        "slice",
+        "split",
+        "sqrt",
+        "square",
+        "squeeze",
+        "stop_gradient",
+        "sub",
+        "transpose",
+    ]
+)
+"""Operations that are run again rather than their results kept."""
 
 
 def _needed(eqns: Sequence[Any], outputs: Iterable[Any]) -> list[Any]:

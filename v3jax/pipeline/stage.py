@@ -5,6 +5,7 @@ Dims: B sequences, S = T + 1 row, T positions, D model, N slots of a rank's laye
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, cast
 
 import jax
@@ -48,15 +49,20 @@ class Stage:
         shape = (rows[0], rows[1] - 1, cfg.model.dim)
         self._x = jax.ShapeDtypeStruct(shape, compute_dtype(cfg.numerics))
         self._row = jax.ShapeDtypeStruct((*rows, cfg.model.dim), self._x.dtype)
-        self.layer = self._split()
 
-    def _split(self) -> Split:
+    @cached_property
+    def layer(self) -> Split:
+        """A MoE layer's passes."""
+        return split(self._layer, *self._layer_shapes)
+
+    @property
+    def _layer_shapes(self) -> tuple[Any, ...]:
         def shape(a: jax.Array) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
 
         params = jax.tree.map(shape, self.layers_N)
         bias = jax.tree.map(shape, self.router_state["moe_layers"])
-        return split(self._layer, params, self._x, bias, self._segments)
+        return params, self._x, bias, self._segments
 
     def _layer(self, params: Any, x_BTD: jax.Array, bias_E: Any, segments_BS: jax.Array) -> Any:
         """A MoE layer: `((output, balance loss), statistics)`."""
@@ -156,7 +162,8 @@ class Stage:
         run it: over `pipe`, or a collective permute, for which all devices of a mesh meet."""
         dense = jax.make_jaxpr(self.dense)(ends, self._x, self._segments).jaxpr
         last = jax.make_jaxpr(self.out)(ends, self._x, self._row, self._segments).jaxpr
-        programs = (*self.layer.programs, dense, last)
+        layer = (jax.make_jaxpr(self._layer)(*self._layer_shapes).jaxpr,)
+        programs = (*(self.layer.programs if self.rules.halves else layer), dense, last)
         for name, axes in (found for program in programs for found in collectives(program)):
             if name == "ppermute" or "pipe" in axes:
                 raise ValueError(
