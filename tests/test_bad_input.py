@@ -174,7 +174,8 @@ def test_a_run_that_only_diverges_ends_with_one_line_and_keeps_its_rows(
 def test_too_few_devices_are_named(
     run_mini: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
-    code, line = run_mini(tmp_path / "run", "mesh.pipe=64")
+    sizes = ("batch.end=64", "batch.start=64", "batch.micro_batch=64", "mesh.data=64")
+    code, line = run_mini(tmp_path / "run", *sizes)
     assert code == 1
     assert "needs 64 devices, found 8; set mesh.* to fit" in line
 
