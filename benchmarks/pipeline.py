@@ -283,7 +283,6 @@ def pair(
         return jax.tree.map(lambda a: a[None], done)
 
     devices_axis = P(("node", "expert"))
-    stacked = jax.tree.map(lambda spec: spec, specs)
 
     def abstract(shape: Any, dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -307,7 +306,7 @@ def pair(
                 jnp.zeros((1, *s.shape), s.dtype) for s in staged(layers, router).layer.saved
             ],
             mesh=mesh,
-            in_specs=(stacked, P()),
+            in_specs=(specs, P()),
             out_specs=devices_axis,
             check_vma=False,
         ),
@@ -318,7 +317,7 @@ def pair(
     function = jax.shard_map(
         run,
         mesh=mesh,
-        in_specs=(stacked, P(), P(), devices_axis, devices_axis, devices_axis, devices_axis),
+        in_specs=(specs, P(), P(), devices_axis, devices_axis, devices_axis, devices_axis),
         out_specs=devices_axis,
         check_vma=False,
     )

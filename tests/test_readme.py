@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from v3jax import registry
+from v3jax.pipeline.schedule import SCHEDULES, reported_bubble, with_waiting
+from v3jax.pipeline.table import make_table
+from v3jax.pipeline.ticks import abreast, lockstep
 
 
 @pytest.fixture
@@ -84,6 +87,22 @@ def test_figures_with_intervals_are_those_of_the_rendered_notebooks(
     assert all(figure in page for figure in figures)
     claims = (repo / "benchmarks" / "results" / "claims.md").read_text(encoding="utf-8")
     assert figures[0] in claims
+
+
+def test_pipeline_figures_are_those_of_the_schedules(readme: str) -> None:
+    schedules = {name: SCHEDULES[name](16, 120) for name in ("1f1b", "zb1p", "dualpipe")}
+    quick = with_waiting(schedules["dualpipe"], 0)
+    names = ("1F1B", "ZB1P", "DualPipe", "DualPipe, `pipeline.most_waiting=0`")
+    for label, schedule in zip(names, [*schedules.values(), quick], strict=True):
+        ticks = lockstep(schedule)
+        slots = make_table(ticks).slots
+        figures = (reported_bubble(schedule), ticks.bubble(), slots["saved"], slots["found"])
+        assert f"| {label} | {' | '.join(f'{n:g}' for n in figures)} |" in readme
+    pairs = min(sum(len(i) > 1 for i in some) for some in schedules["dualpipe"].instructions)
+    met = lockstep(schedules["dualpipe"], fb=2.0).n_pairs
+    assert re.search(rf"\b{met}\nof the {pairs} pairs", readme)
+    masked, own = (ticks(SCHEDULES["dualpipe"](8, 20)).bubble() for ticks in (abreast, lockstep))
+    assert f"a bubble of {masked:g} instead of {own:g} with 8 ranks and 20" in readme
 
 
 def test_ci_runs_the_readme_test_command(readme: str, repo: Path) -> None:

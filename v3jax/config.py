@@ -451,6 +451,11 @@ class ExperimentConfig:
             f"{mesh.pipe} ranks are odd and dualpipe enters from both ends; make them even or set "
             "pipeline.schedule to dualpipev or zb1p",
         )
+        _require(
+            model.n_moe_layers > 0,
+            "mesh.pipe",
+            "a pipeline passes through MoE layers and the model has none; set it to 1",
+        )
         stages = mesh.pipe * pipeline.chunks
         most = model.n_moe_layers + (model.n_dense_layers > 0) + (model.mtp_depth > 0)
         _require(

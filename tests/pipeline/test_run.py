@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -19,6 +20,8 @@ from tests.model import small
 from v3jax import sharding, state
 from v3jax.config import BatchConfig, ExperimentConfig, MeshConfig, PipelineConfig
 from v3jax.model.block import Block
+from v3jax.model.layers import Module, type_of
+from v3jax.model.transformer import Transformer
 from v3jax.pipeline.plan import Orders
 from v3jax.pipeline.stage import Stage
 from v3jax.sharding import make_mesh
@@ -296,6 +299,35 @@ def test_the_comparison_can_fail() -> None:
         check(experiment(n_ranks=4, n_micro=8), flip=True)
 
 
+def test_weights_travel_in_the_types_that_modules_compute_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`type_of` knows by name what each module asks for."""
+    numerics = small.numerics(compute="bf16")
+    asked: dict[str, Any] = {}
+    parameter = Module.parameter
+
+    def noted(self: Module, name: str, *rest: Any, dtype: Any = None) -> jax.Array:
+        asked[name] = jnp.dtype(dtype or jnp.float32)
+        return parameter(self, name, *rest, dtype=dtype)
+
+    monkeypatch.setattr(Module, "parameter", noted)
+    model = small.config()
+    boxed = jax.eval_shape(
+        lambda: Transformer(*small.parts(model, compute="bf16")).init(
+            jax.random.key(0), jnp.zeros((1, 9), jnp.int32), ahead=1
+        )
+    )
+    names = {p[-1].key for p, _ in jax.tree.leaves_with_path(sharding.unbox(boxed)["params"])}
+    # These two are cast where they are used: by the look-up and by the head.
+    by_use = {"embed_tokens", "lm_head"}
+    assert names == set(asked)
+    for name in names - by_use:
+        assert type_of(f"['moe_layers']['{name}']", numerics) == asked[name], name
+    assert asked["gate"] == asked["norm"] == jnp.float32
+    assert asked["o_proj"] == jnp.bfloat16
+
+
 @pytest.mark.parametrize("collective", ["ppermute over expert", "psum over pipe"])
 def test_collectives_that_would_wait_for_ever_are_refused(
     collective: str, monkeypatch: pytest.MonkeyPatch
@@ -320,6 +352,8 @@ def test_what_a_pipeline_cannot_be() -> None:
         experiment(n_ranks=3)
     with pytest.raises(ValueError, match=r"mesh.pipe: 6 stages of 1f1b, .* cut into 5 at most"):
         experiment("1f1b", n_ranks=6, n_layers=4)
+    with pytest.raises(ValueError, match=r"mesh.pipe: a pipeline passes through MoE layers"):
+        experiment(n_layers=2, n_dense_layers=2)
     with pytest.raises(ValueError, match=r"mesh.pipe: 4 ranks do not divide model.vocab_size=41"):
         experiment(n_ranks=4, vocab_size=41)
     with pytest.raises(ValueError, match=r"mesh.storage: fsdp gathers a layer where it is used"):

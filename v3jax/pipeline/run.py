@@ -133,9 +133,9 @@ class Program:
         self.rank = jax.lax.axis_index(_AXIS)
         self.dtype = compute_dtype(cfg.numerics)
         self.wide = master_dtype(cfg.numerics)
-        _, self.batch, length = tokens_MBS.shape
-        self.x_shape = (self.batch, length - 1, cfg.model.dim)
-        self.row_shape = (self.batch, length, cfg.model.dim)
+        _, batch, length = tokens_MBS.shape
+        self.x_shape = (batch, length - 1, cfg.model.dim)
+        self.row_shape = (batch, length, cfg.model.dim)
         self.depth = cfg.model.mtp_depth
         self.alpha = objective.balance_alpha(cfg) / scale.n_sequences.astype(self.wide)
         self.on_cpu = kernels.platform() == "cpu"
@@ -202,9 +202,8 @@ class Program:
             "g": pool(slots["g"] + 1, x),
             "loss": pool(slots["loss"] + 1, hidden),
             "saved": pool(saved, self.stage.layer.saved, per_chunk),
-            "end": pool(
-                saved, row
-            ),  # what the ends run again: the first's input, the last's output
+            # What the ends run again: the first stage from its input, the last from its output.
+            "end": pool(saved, row),
             "found": pool(slots["found"] + spare, self.stage.layer.found, per_chunk),
             "sent_g": x,
             "of_row": row,
@@ -396,9 +395,9 @@ class _Side:
 
     def of_end(self, rows: list[jax.Array], kind: str) -> jax.Array:
         """The row of the direction that an operation's chunk belongs to."""
-        return (
-            rows[0] if len(rows) == 1 else jnp.where(self.field[f"{kind}_chunk"] > 0, *rows[::-1])
-        )
+        if len(rows) == 1:
+            return rows[0]
+        return jnp.where(self.field[f"{kind}_chunk"] > 0, rows[1], rows[0])
 
     # ---- Forward
 
