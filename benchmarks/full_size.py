@@ -22,14 +22,14 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
+from benchmarks.kept import keep, kept, markdown
 from v3jax.aot import targets
 from v3jax.aot.__main__ import compile_for
 from v3jax.aot.collectives import read_collectives
@@ -44,7 +44,6 @@ _TPU = flags.DEFINE_string("tpu-python", "python", "Python of an environment wit
 _CUDA = flags.DEFINE_string("cuda-python", "python", "Python of an environment with extra cuda.")
 _MAXTEXT = flags.DEFINE_string("maxtext", None, "MaxText's virtual environment.")
 
-RESULTS = Path(__file__).parent / "results"
 TIMEOUT = 3600.0
 V5P_512 = targets.parse("tpu:v5p:8x8x8")
 V5P_64 = targets.parse("tpu:v5p:4x4x4")
@@ -57,13 +56,6 @@ PIPED = {"h100": "gpu:h100:256x8", "v5p": "tpu:v5p:8x16x16"}
 """What `v3_full` itself, through its pipeline, is compiled for."""
 THEIR_FLAGS = Path(__file__).parent / "maxtext_flags.txt"
 """Of MaxText's recipe `deepseek3_671b_v5p_1024`, but for one that this libtpu does not know."""
-
-
-def keep(name: str, command: str, found: Mapping[str, Any]) -> None:
-    """Writes results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
-    about = {"command": command, "date": date.today().isoformat()}
-    (RESULTS / f"{name}.json").write_text(json.dumps(about | dict(found), indent=1) + "\n")
 
 
 # ---- The layouts
@@ -391,20 +383,17 @@ def print_layer() -> None:
 
 def print_readme() -> None:
     """The kept results as the Markdown tables of the README."""
-    found = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in LAYOUTS}
-    print(_markdown(["", *(f"`{name}`" for name in found)], _layout_rows(list(found.values()))))
-    piped = [json.loads((RESULTS / f"v3_full_pipe_{name}.json").read_text()) for name in PIPED]
+    found = {name: kept(name) for name in LAYOUTS}
+    print(markdown(["", *(f"`{name}`" for name in found)], _layout_rows(list(found.values()))))
+    piped = [kept(f"v3_full_pipe_{name}") for name in PIPED]
     rows = _layout_rows(piped)
     rows.insert(-3, ["idle in the pipeline", *(f"{r['idle_share']:.1%}" for r in piped)])
     print()
-    print(_markdown(["`v3_full`, pipe=16", *PIPED], [*rows, *_exchange_rows(piped)]))
-    steps, layers, recompute = (
-        json.loads((RESULTS / f"{name}.json").read_text())
-        for name in ("step", "layer", "recompute")
-    )
+    print(markdown(["`v3_full`, pipe=16", *PIPED], [*rows, *_exchange_rows(piped)]))
+    steps, layers, recompute = (kept(name) for name in ("step", "layer", "recompute"))
     print()
     print(
-        _markdown(
+        markdown(
             ["a step", "compiled in", "memory", "host", "sent a token"],
             [
                 [
@@ -421,7 +410,7 @@ def print_readme() -> None:
     )
     print()
     print(
-        _markdown(
+        markdown(
             ["one MoE layer", "by XLA", "bound", "with attention", "traffic", "sent", "links"],
             [
                 [
@@ -441,7 +430,7 @@ def print_readme() -> None:
     print()
     policies = ("none", "report", "full")
     print(
-        _markdown(
+        markdown(
             ["GiB a device, FLOPs over the model's", *(f"`{p}`" for p in policies)],
             [
                 [f"`{name}`", *(_policy(r[p]) for p in policies)]
@@ -509,11 +498,6 @@ def _exchange_rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             told.append(" / ".join(f"{count:,}" for count in counts))
         rows.append([f"exchanges over {axis}: all / async / beside", *told])
     return rows
-
-
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv: list[str]) -> None:

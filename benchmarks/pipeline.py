@@ -16,6 +16,8 @@ The second is of one MoE layer of DeepSeek-V3 forward beside one backward, on 8 
 how many of the exchanges of rows, gates and numbers the compiler starts and awaits apart, and how
 many with a matrix product between, where the two stand plainly beside each other, in a branch that
 only some devices take, and one after the other.
+
+Figures are kept in benchmarks/results; `--tables=readme` prints them as the README's tables.
 """
 
 import sys
@@ -32,6 +34,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import ahead
 from benchmarks.ahead import Report, compile_for
+from benchmarks.kept import keep, kept, markdown
 from v3jax import registry
 from v3jax.config import BatchConfig, ExperimentConfig, MeshConfig, MoEConfig, PipelineConfig
 from v3jax.model.layers import compute_dtype, type_of
@@ -47,7 +50,7 @@ from v3jax.step import abstract_amount, amount_specs
 _TPU = flags.DEFINE_string("tpu-python", sys.executable, "Python of an environment with libtpu.")
 _CUDA = flags.DEFINE_string("cuda-python", sys.executable, "Python of one with JAX's CUDA plugin.")
 _TIMEOUT = flags.DEFINE_integer("timeout", 900, "Seconds that one compilation may take.")
-_TABLES = flags.DEFINE_list("tables", ["memory", "overlap"], "Tables to print.")
+_TABLES = flags.DEFINE_list("tables", ["memory", "overlap"], "Tables: memory, overlap, readme.")
 _MIB = 2**20
 N_RANKS, N_MICRO = 8, 24
 SCHEDULES: tuple[tuple[str, int | None], ...] = (
@@ -202,28 +205,45 @@ def _scan_gradients(
     return jax.grad(loss)(trained)
 
 
-def print_memory() -> None:
+def print_memory() -> list[dict[str, Any]]:
     """Temporaries of a device by schedule."""
     print(f"v5p:2x2x2, {N_RANKS} ranks, {N_MICRO} micro-batches, MiB a device:")
-    print(
-        f"{'schedule':>12s} {'waiting':>8s} {'temporaries':>12s} {'of scan':>8s} {'of 1f1b':>8s} "
-        f"{'weights':>8s} {'gradients':>10s} {'compiled':>9s}"
-    )
-    found: dict[str, float] = {}
+    found = []
     for schedule, waiting in (("scan", None), *SCHEDULES):
         report = compiled("gradients", "v5p:2x2x2", schedule=schedule, most_waiting=waiting)
         if report is None:
-            return
-        temp = report.temp_bytes / _MIB
-        found.setdefault(schedule, temp)
-        ratios = [f"{temp / found[k]:8.2f}" if k in found else f"{'':8s}" for k in ("scan", "1f1b")]
-        asked = "-" if waiting is None else str(waiting)
-        print(
-            f"{schedule:>12s} {asked:>8s} {temp:12.0f} {' '.join(ratios)} "
-            f"{report.argument_bytes / _MIB:8.0f} {report.output_bytes / _MIB:10.0f} "
-            f"{report.compile_seconds:7.0f} s",
-            flush=True,
+            break
+        sizes = (report.temp_bytes, report.argument_bytes, report.output_bytes)
+        mib = dict(zip(("temporaries", "weights", "gradients"), sizes, strict=True))
+        found.append(
+            {"schedule": schedule, "most_waiting": waiting}
+            | {name: round(size / _MIB) for name, size in mib.items()}
+            | {"compile_seconds": round(report.compile_seconds)}
         )
+        print(found[-1], flush=True)
+    return found
+
+
+def _memory_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    first = {r["schedule"]: r["temporaries"] for r in reversed(rows)}
+
+    def row(r: Mapping[str, Any]) -> list[str]:
+        waiting = "" if r["most_waiting"] is None else f", `most_waiting={r['most_waiting']}`"
+        ratios = [f"{r['temporaries'] / first[name]:.2f}" for name in ("scan", "1f1b")]
+        sizes = [f"{r[name]:,}" for name in ("temporaries", "weights", "gradients")]
+        return [f"`{r['schedule']}`{waiting}", sizes[0], *ratios, *sizes[1:]]
+
+    return markdown(
+        [
+            "v5p:2x2x2, 8 ranks, MiB a device",
+            "temporaries",
+            "of `scan`",
+            "of `1f1b`",
+            "weights",
+            "gradients",
+        ],
+        [row(r) for r in rows],
+    )
 
 
 # ---- Overlap
@@ -325,26 +345,30 @@ def pair(
     return ahead.Program(jax.jit(function), arguments, mesh, options or {})
 
 
-def print_overlap() -> None:
+def print_overlap() -> list[dict[str, Any]]:
     """Exchanges that the compiler starts and awaits apart."""
     print("One V3 layer forward beside one backward, 8 x 8 devices, exchanges between devices:")
-    print(f"{'target':>12s} {'where':>8s} {'in all':>7s} {'async':>6s} {'beside':>7s} {'GiB':>6s}")
+    found = []
     for target in ("v5p:4x4x4", "h100:8x8"):
         for where in ("plain", "branch", "loop", "apart"):
             report = compiled("pair", target, where=where)
             if report is None:
                 break
-            found = [c for c in report.collectives if c.kind == "ragged-all-to-all" and c.count]
-            counts = (
-                len(found),
-                sum(c.asynchronous for c in found),
-                sum(c.overlapped for c in found),
-            )
-            print(
-                f"{target:>12s} {where:>8s} {counts[0]:7d} {counts[1]:6d} {counts[2]:7d} "
-                f"{report.temp_bytes / 2**30:6.1f}",
-                flush=True,
-            )
+            some = [c for c in report.collectives if c.kind == "ragged-all-to-all" and c.count]
+            counts = {
+                "exchanges": len(some),
+                "async": sum(c.asynchronous for c in some),
+                "beside": sum(c.overlapped for c in some),
+            }
+            gib = round(report.temp_bytes / 2**30, 1)
+            found.append({"target": target, "where": where, **counts, "temporaries_gib": gib})
+            print(found[-1], flush=True)
+    return found
+
+
+def _overlap_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    names = ("target", "where", "exchanges", "async", "beside")
+    return markdown(names, [[str(r[name]) for name in names] for r in rows])
 
 
 def compiled(function: str, target: str, **arguments: Any) -> Report | None:
@@ -363,12 +387,23 @@ def compiled(function: str, target: str, **arguments: Any) -> Report | None:
         return None
 
 
+def print_readme() -> None:
+    """The kept tables as the README has them."""
+    print(_memory_table(kept("pipeline_memory")["rows"]))
+    print()
+    print(_overlap_table(kept("pipeline_overlap")["rows"]))
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
-    if "memory" in _TABLES.value:
-        print_memory()
-    if "overlap" in _TABLES.value:
-        print_overlap()
+    for name, found in (("memory", print_memory), ("overlap", print_overlap)):
+        if name in _TABLES.value and (rows := found()):
+            command = f"python -m benchmarks.pipeline --tables={name} --tpu-python=PYTHON"
+            if name == "overlap":
+                command += " --cuda-python=PYTHON"
+            keep(f"pipeline_{name}", command, {"rows": rows})
+    if "readme" in _TABLES.value:
+        print_readme()
 
 
 if __name__ == "__main__":

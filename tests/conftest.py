@@ -19,6 +19,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = xla_flags(8, os.environ.get("XLA_FLAGS", ""))
 if _OWN_CACHE:
     os.environ["V3JAX_CACHE"] = tempfile.mkdtemp(prefix="v3jax-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["V3JAX_CACHE"] + "/compiled"
 
 
 @pytest.fixture(scope="session")

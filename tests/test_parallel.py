@@ -20,7 +20,7 @@ from tests.model import small
 from v3jax import objective
 from v3jax.config import BatchConfig, ExperimentConfig, MeshConfig, MoEConfig
 from v3jax.sharding import make_mesh, rules_of
-from v3jax.state import TrainState, init_state, state_shardings
+from v3jax.state import TrainState, init_state, state_around, state_shardings
 from v3jax.step import make_eval_step, make_train_step
 
 MODEL = small.config(
@@ -82,8 +82,8 @@ def in_fp64() -> Iterator[None]:
 
 def start(cfg: ExperimentConfig, routing: str) -> tuple[Any, TrainState]:
     mesh = make_mesh(cfg.mesh)
-    state = replace(init_state(cfg, mesh), params=small.params(MODEL), router_state=biases(routing))
-    return mesh, jax.device_put(state, state_shardings(cfg, mesh))
+    params = jax.device_put(small.params(MODEL), state_shardings(cfg, mesh).params)
+    return mesh, state_around(cfg, params, biases(routing), mesh)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from v3jax.model.transformer import Transformer
 from v3jax.pipeline.plan import Orders
 from v3jax.pipeline.stage import Stage
 from v3jax.sharding import make_mesh
-from v3jax.state import init_state, state_shardings
+from v3jax.state import state_around, state_shardings
 from v3jax.step import amount_of, amount_specs, make_eval_step, make_train_step
 
 B = 2
@@ -107,14 +107,11 @@ def stepped(
     with jax.set_mesh(mesh):
         step, evaluate = make_train_step(cfg, mesh), make_eval_step(cfg, mesh)
         for count in counts:
-            start = replace(
-                init_state(cfg, mesh),
-                params=small.params(cfg.model),
-                router_state=small.to_jax(small.router_state(cfg.model)),
-            )
+            params, router = small.params(cfg.model), small.router_state(cfg.model)
             if cfg.numerics.compute != "fp64":
-                start = replace(start, params=small.to_jax(start.params))
-            placed = jax.device_put(start, state_shardings(cfg, mesh))
+                params = small.to_jax(params)
+            params = jax.device_put(params, state_shardings(cfg, mesh).params)
+            placed = state_around(cfg, params, small.to_jax(router), mesh)
             nll = evaluate(placed.params, placed.router_state, tokens, segments)
             amount = amount_of(cfg, count)
             if flip:
@@ -130,7 +127,12 @@ def stepped(
 def check(cfg: ExperimentConfig, *counts: int, flip: bool = False, tolerance: float = 1e-12) -> Any:
     """Compares steps of so many micro-batches, or of all; gives the last metrics."""
     counts = counts or (cfg.batch.end // cfg.batch.micro_batch,)
-    alone = replace(cfg, mesh=MeshConfig(), pipeline=PipelineConfig())
+    alone = replace(
+        cfg,
+        mesh=MeshConfig(),
+        pipeline=PipelineConfig(),
+        numerics=replace(cfg.numerics, remat="none"),
+    )
     assert alone.mesh.n_devices == 1
     metrics = None
     for ours, theirs in zip(stepped(cfg, counts, flip), stepped(alone, counts), strict=True):
@@ -160,18 +162,18 @@ def case(*values: Any, all_alone: bool = False, **options: Any) -> Any:
     ("name", "n_ranks", "n_micro", "options"),
     [
         ("dualpipe", 2, 4, {}),
-        case("gpipe", 2, 3),
+        case("gpipe", 2, 3, all_alone=True),
         case("gpipe", 4, 4, all_alone=True),
         case("gpipe", 8, 8, all_alone=True),
         case("1f1b", 2, 4, all_alone=True),
-        case("1f1b", 4, 5),
+        case("1f1b", 4, 5, all_alone=True),
         case("1f1b", 8, 9, all_alone=True),
         case("zb1p", 2, 4, all_alone=True),
         case("zb1p", 4, 6),
         case("zb1p", 8, 9, all_alone=True),
         case("dualpipe", 4, 8, pair_time=2.0),
-        case("dualpipe", 8, 16),
-        case("dualpipev", 2, 4, pair_time=2.0),
+        case("dualpipe", 8, 16, all_alone=True),
+        case("dualpipev", 2, 4, all_alone=True, pair_time=2.0),
         case("dualpipev", 4, 8, all_alone=True),
     ],
 )
@@ -193,8 +195,18 @@ def some(names: tuple[str, ...], *quick: str) -> Any:
     return [pytest.param(name, marks=marks[name in quick]) for name in names]
 
 
-@pytest.mark.parametrize("name", some(EVERY, "dualpipe"))
-@pytest.mark.parametrize("remat", ["report", "full"])
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [
+        pytest.param("dualpipe", "report", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, remat, marks=pytest.mark.exhaustive)
+            for name in EVERY
+            for remat in ("report", "full")
+            if (name, remat) != ("dualpipe", "report")
+        ),
+    ],
+)
 def test_recomputation_changes_nothing(name: str, remat: str) -> None:
     check(experiment(name, remat=remat))
 
@@ -204,7 +216,7 @@ def test_masked_ranks_compute_the_same(name: str) -> None:
     check(experiment(name, mode="masked"), 4, 3)
 
 
-@pytest.mark.parametrize("name", some(EVERY, "zb1p"))
+@pytest.mark.parametrize("name", some(EVERY))
 def test_weight_gradients_need_not_wait(name: str) -> None:
     check(experiment(name, most_waiting=0))
 
@@ -215,7 +227,7 @@ def test_experts_and_batches_are_split_within_a_stage() -> None:
     check(experiment(node=2, expert=2, storage="whole", deterministic=True))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_experts_that_take_several_passes() -> None:
     cfg = experiment(expert=4)
     metrics = check(replace(cfg, moe=replace(cfg.moe, bound_factor=0.25)))
@@ -243,7 +255,7 @@ def test_gradients_of_experts_do_not_wait_with_what_input_gradients_find(
     assert not {(experts, model.dim, 2 * width), (experts, width, model.dim)} & set(found)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "changes",
     [{"mtp_depth": 0, "n_dense_layers": 2}, {"mtp_depth": 2, "n_dense_layers": 0}],
@@ -254,14 +266,14 @@ def test_ends_of_other_models(changes: dict[str, Any]) -> None:
     check(experiment(n_ranks=4, n_layers=5, **changes), 4, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_stage_without_moe_layers() -> None:
     cfg = experiment(n_ranks=4, n_micro=2, n_layers=3)
     assert cfg.model.n_moe_layers == 2
     check(cfg, 2, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_documents_are_isolated_and_the_batch_is_balanced() -> None:
     cfg = experiment(mtp_depth=2)
     check(
