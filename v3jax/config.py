@@ -124,16 +124,64 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """How `numerics.compute=fp8` multiplies; by default as the report (sections 3.3.2, 3.3.3)."""
+
+    tile: int = 128
+    """Channels of a token, and tokens of a channel, that share a scale."""
+    block: int = 128
+    """Rows and columns of a weight that share a scale."""
+    promotion: int = 128
+    """Elements of the contraction after which sums are scaled and added up in FP32."""
+    power_of_two: Literal["none", "report", "all"] = "report"
+    """Scales rounded up to a power of two: `report`, of the input of attention's output projection,
+    of tokens and their gradients on the way to experts, and wherever such values are tiled anew;
+    `all`, of every activation and gradient."""
+    gradients: Literal["tiles", "blocks"] = "tiles"
+    """Tiling of the gradients that input gradients are computed from; `blocks`, of the weights'
+    kind, makes large models diverge (report appendix B.2)."""
+    dispatch: Literal["fp8", "bf16"] = "fp8"
+    """What tokens, and on the way back their gradients, travel to experts in (section 3.3.3)."""
+    backend: Literal["auto", "xla", "kernel"] = "auto"
+    """`kernel` insists on the Pallas kernels, `xla` on none; `auto` takes them where they run."""
+
+    def __post_init__(self) -> None:
+        for name in ("tile", "block", "promotion"):
+            size = getattr(self, name)
+            _require(
+                size >= 16 and size & (size - 1) == 0,
+                f"numerics.fp8.{name}",
+                f"{size} is not a power of two from 16 on",
+            )
+        least = min(self.tile, self.block)
+        _require(
+            self.promotion <= least,
+            "numerics.fp8.promotion",
+            f"{self.promotion} is more than a scale holds for; at most {least}, the smaller of "
+            "numerics.fp8.tile and numerics.fp8.block",
+        )
+        sizes = (self.tile, self.block, self.promotion)
+        _require(
+            self.backend != "kernel" or sizes == (128, 128, 128),
+            "numerics.fp8.backend",
+            "the kernels are for tile, block and promotion of 128; set backend=xla",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class NumericsConfig:
     """Number formats: `compute` of activations and matrix products, `moments` of AdamW.
 
     Master weights, gradients, router, norms' statistics and the loss are always FP32
-    (report section 3.3); `fp64` computes all of it in FP64, to compare programs to the last bits.
+    (report section 3.3). `fp8` multiplies in FP8 in every linear map but embedding, head, router
+    and MTP's projection, all else in BF16; `fp64` computes everything in FP64, to compare programs
+    to the last bits.
     """
 
-    compute: Literal["bf16", "fp32", "fp64"]
+    compute: Literal["fp8", "bf16", "fp32", "fp64"]
     moments: Literal["bf16", "fp32"]
     remat: Literal["none", "report", "full"]
+    fp8: Fp8Config = Fp8Config()
 
 
 @dataclass(frozen=True, kw_only=True)

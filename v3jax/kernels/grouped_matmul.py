@@ -34,6 +34,11 @@ class Blocks:
     balanced_rows: int | None = struct.field(pytree_node=False, default=None)
     """Rows in use of a balanced batch, in a receive buffer that has room for more; None: all."""
 
+    def cleared(self, x_NI: jax.Array) -> jax.Array:
+        """The rows that hold a token, zeros in place of the others."""
+        filled_MR = jnp.arange(self.block) < self.filled_M[:, None]
+        return jnp.where(filled_MR.reshape(-1, 1), x_NI, 0)
+
     def expected_rows(self, n_rows: int) -> int:
         """Rows that a product over `n_rows` of them is expected to work on."""
         return n_rows if self.balanced_rows is None else min(n_rows, self.balanced_rows)

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from v3jax.config import ModelConfig, NumericsConfig
+from v3jax.config import Fp8Config, ModelConfig, NumericsConfig
+from v3jax.ops.fp8 import linear
 from v3jax.ops.norm import swiglu
 from v3jax.sharding import ShardingRules, added, gather, manual_axes, stored
 
 
 def compute_dtype(numerics: NumericsConfig) -> jnp.dtype:
     """The type of activations and of the operands of matrix products."""
-    return jnp.dtype(
-        {"bf16": jnp.bfloat16, "fp32": jnp.float32, "fp64": jnp.float64}[numerics.compute]
-    )
+    types = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "fp64": jnp.float64, "fp8": jnp.bfloat16}
+    return jnp.dtype(types[numerics.compute])
 
 
 def master_dtype(numerics: NumericsConfig) -> jnp.dtype:
@@ -28,11 +28,28 @@ def master_dtype(numerics: NumericsConfig) -> jnp.dtype:
     return jnp.promote_types(compute_dtype(numerics), jnp.float32)
 
 
+def fp8_of(numerics: NumericsConfig) -> Fp8Config | None:
+    """How linear maps multiply in FP8; None: in the compute type."""
+    return numerics.fp8 if numerics.compute == "fp8" else None
+
+
+def weight_dtype(numerics: NumericsConfig) -> jnp.dtype:
+    """The type in which linear maps take their weights: FP8 is made of the masters."""
+    fp8 = fp8_of(numerics) is not None
+    return master_dtype(numerics) if fp8 else compute_dtype(numerics)
+
+
+_HIGH_PRECISION = ("embed_tokens", "lm_head", "eh_proj")
+"""Matrices of the compute type also in FP8 runs (report section 3.3.1)."""
+
+
 def type_of(name: str, numerics: NumericsConfig) -> jnp.dtype:
     """The type that a parameter of this path is computed with: of matrices the compute type, of
     norms' weights and the router's gate the master type."""
-    wide = "norm" in name or "gate'" in name
-    return master_dtype(numerics) if wide else compute_dtype(numerics)
+    if "norm" in name or "gate'" in name:
+        return master_dtype(numerics)
+    high = any(part in name for part in _HIGH_PRECISION)
+    return compute_dtype(numerics) if high else weight_dtype(numerics)
 
 
 def whole(
@@ -82,6 +99,16 @@ class Module(nn.Module):
         init = nn.initializers.normal(self.cfg.init_std)
         return self.parameter(name, init, shape, *axes, dtype=compute_dtype(self.numerics))
 
+    def weight(self, name: str, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
+        """The same for `product` and its like: in FP8 runs the master."""
+        init = nn.initializers.normal(self.cfg.init_std)
+        return self.parameter(name, init, shape, *axes, dtype=weight_dtype(self.numerics))
+
+    def product(self, x: jax.Array, w_IO: jax.Array) -> jax.Array:
+        """`x w` of a linear map, `[..., I] x [I, O]`."""
+        fp8 = fp8_of(self.numerics)
+        return x @ w_IO if fp8 is None else linear.linear(x, w_IO, linear.recipe(fp8))
+
     def norm_weight(self, name: str, dim: int) -> jax.Array:
         """The weight of an RMSNorm, ones at the start, FP32."""
         return self.parameter(name, nn.initializers.ones, (dim,), None)
@@ -94,7 +121,10 @@ class FeedForward(Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        dim = self.cfg.dim
-        gate_up = self.matrix("gate_up_proj", (dim, 2 * self.width), "embed", "ffn")
-        down = self.matrix("down_proj", (self.width, dim), "ffn", "embed")
-        return swiglu(checkpoint_name(x_BTD @ gate_up, "gate_up")) @ down
+        dim, fp8 = self.cfg.dim, fp8_of(self.numerics)
+        gate_up = self.weight("gate_up_proj", (dim, 2 * self.width), "embed", "ffn")
+        down = self.weight("down_proj", (self.width, dim), "ffn", "embed")
+        hidden = self.product(x_BTD, gate_up)
+        if fp8 is not None:
+            return linear.swiglu_linear(hidden, down, linear.recipe(fp8))
+        return swiglu(checkpoint_name(hidden, "gate_up")) @ down

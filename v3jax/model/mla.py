@@ -13,9 +13,10 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from v3jax import kernels
-from v3jax.model.layers import Module
+from v3jax.model.layers import Module, fp8_of
 from v3jax.ops import rope
-from v3jax.ops.attention import causal_attention, tree_attention
+from v3jax.ops.attention import causal_attention, packed_attention, tree_attention
+from v3jax.ops.fp8 import linear
 from v3jax.ops.norm import rms_norm
 
 
@@ -33,36 +34,45 @@ class MLA(Module):
         cfg = self.cfg
         chex.assert_shape(x_BTD, (None, None, cfg.dim))
         n_heads, nope, rot = cfg.n_heads, cfg.nope_head_dim, cfg.rope_head_dim
-        kv_a = self.matrix(
+        kv_a = self.weight(
             "kv_a_proj_with_mqa", (cfg.dim, cfg.kv_latent_dim + rot), "embed", "latent"
         )
-        kv_b = self.matrix(
+        kv_b = self.weight(
             "kv_b_proj", (cfg.kv_latent_dim, n_heads * (nope + cfg.v_head_dim)), "latent", "heads"
         )
-        o = self.matrix("o_proj", (n_heads * cfg.v_head_dim, cfg.dim), "heads", "embed")
+        o = self.weight("o_proj", (n_heads * cfg.v_head_dim, cfg.dim), "heads", "embed")
         kv_norm = self.norm_weight("kv_a_layernorm", cfg.kv_latent_dim)
 
-        kv_latent_BTL = checkpoint_name(x_BTD @ kv_a, "kv_latent")
+        kv_latent_BTL = checkpoint_name(self.product(x_BTD, kv_a), "kv_latent")
         kv_latent_BTL, k_rope_BTR = jnp.split(kv_latent_BTL, [cfg.kv_latent_dim], axis=-1)
         kv_latent_BTL = rms_norm(kv_latent_BTL, kv_norm, cfg.latent_norm_eps)
 
         theta_P = rope.frequencies(cfg)
-        q_nope_BTHN, q_rope_BTHR = _by_head(*self._queries(x_BTD), n_heads, (nope, rot))
-        k_nope_BTHN, v_BTHV = _by_head(kv_latent_BTL, kv_b, n_heads, (nope, cfg.v_head_dim))
+        q_nope_BTHN, q_rope_BTHR = self._by_head(*self._queries(x_BTD), (nope, rot))
+        k_nope_BTHN, v_BTHV = self._by_head(kv_latent_BTL, kv_b, (nope, cfg.v_head_dim))
         q_rope_BTHR = rope.rotate(q_rope_BTHR, positions_T, theta_P)
         k_rope_BTR = rope.rotate(k_rope_BTR, positions_T, theta_P)
         k_rope_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None], q_rope_BTHR.shape)
         q_BTHK = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
         k_BTHK = jnp.concatenate([k_nope_BTHN, k_rope_BTHR], axis=-1)
         scale = rope.softmax_scale(cfg)
-        if ends_BT is None:
+        fp8, cached = fp8_of(self.numerics), None
+        if ends_BT is not None:
+            assert segments_BT is None, "segments and trees exclude each other"
+            out_BTHV = tree_attention(q_BTHK, k_BTHK, v_BTHV, ends_BT, scale=scale)
+        elif fp8 is None:
             out_BTHV = causal_attention(
                 q_BTHK, k_BTHK, v_BTHV, scale=scale, segments_BT=segments_BT
             )
         else:
-            assert segments_BT is None, "segments and trees exclude each other"
-            out_BTHV = tree_attention(q_BTHK, k_BTHK, v_BTHV, ends_BT, scale=scale)
-        return jnp.einsum("bthv,hvd->btd", out_BTHV, o.reshape(n_heads, -1, cfg.dim))
+            how = linear.recipe(fp8, exact=True)
+            out_BTHV, cached = packed_attention(
+                q_BTHK, k_BTHK, v_BTHV, scale=scale, segments_BT=segments_BT, how=how
+            )
+        if fp8 is None:
+            return jnp.einsum("bthv,hvd->btd", out_BTHV, o.reshape(n_heads, -1, cfg.dim))
+        out_BTO = out_BTHV.reshape(*out_BTHV.shape[:2], -1)
+        return linear.linear(out_BTO, o, linear.recipe(fp8, exact=True), cached=cached)
 
     def _queries(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the queries are projected from, through their latent if there is one, and the
@@ -70,29 +80,33 @@ class MLA(Module):
         cfg = self.cfg
         width = cfg.n_heads * (cfg.nope_head_dim + cfg.rope_head_dim)
         if cfg.q_latent_dim is None:
-            return x_BTD, self.matrix("q_proj", (cfg.dim, width), "embed", "heads")
-        q_a = self.matrix("q_a_proj", (cfg.dim, cfg.q_latent_dim), "embed", "latent")
-        q_b = self.matrix("q_b_proj", (cfg.q_latent_dim, width), "latent", "heads")
+            return x_BTD, self.weight("q_proj", (cfg.dim, width), "embed", "heads")
+        q_a = self.weight("q_a_proj", (cfg.dim, cfg.q_latent_dim), "embed", "latent")
+        q_b = self.weight("q_b_proj", (cfg.q_latent_dim, width), "latent", "heads")
         q_norm = self.norm_weight("q_a_layernorm", cfg.q_latent_dim)
-        q_latent_BTL = checkpoint_name(x_BTD @ q_a, "q_latent")
+        q_latent_BTL = checkpoint_name(self.product(x_BTD, q_a), "q_latent")
         return rms_norm(q_latent_BTL, q_norm, cfg.latent_norm_eps), q_b
 
+    def _by_head(
+        self, x_BTL: jax.Array, w_LO: jax.Array, widths: tuple[int, int]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Projects to the two parts that each head's columns consist of, `[B, T, H, width]`.
 
-def _by_head(
-    x_BTL: jax.Array, w_LHK: jax.Array, n_heads: int, widths: tuple[int, int]
-) -> tuple[jax.Array, jax.Array]:
-    """Projects to the two parts that each head's columns consist of, `[B, T, H, width]`.
+        On TPU the heads come first in memory, where its attention kernel reads them; XLA for CPU
+        has no product of BF16 for what would follow from that.
+        """
+        n_heads = self.cfg.n_heads
+        if fp8_of(self.numerics) is not None:
+            y_BTO = self.product(x_BTL, w_LO)
+            y_BTHK = y_BTO.reshape(*y_BTO.shape[:2], n_heads, -1)
+            return y_BTHK[..., : widths[0]], y_BTHK[..., widths[0] :]
+        w_LHK = w_LO.reshape(w_LO.shape[0], n_heads, sum(widths))
+        on_tpu = kernels.platform() == "tpu"
 
-    On TPU the heads come first in memory, where its attention kernel reads them; XLA for CPU has
-    no product of BF16 for what would follow from that.
-    """
-    w_LHK = w_LHK.reshape(w_LHK.shape[0], n_heads, sum(widths))
-    on_tpu = kernels.platform() == "tpu"
+        def project(w_LHK: jax.Array) -> jax.Array:
+            if on_tpu:
+                return jnp.einsum("btl,lhk->bhtk", x_BTL, w_LHK).swapaxes(1, 2)
+            return jnp.einsum("btl,lhk->bthk", x_BTL, w_LHK)
 
-    def project(w_LHK: jax.Array) -> jax.Array:
-        if on_tpu:
-            return jnp.einsum("btl,lhk->bhtk", x_BTL, w_LHK).swapaxes(1, 2)
-        return jnp.einsum("btl,lhk->bthk", x_BTL, w_LHK)
-
-    first, second = jnp.split(w_LHK, [widths[0]], axis=-1)
-    return project(first), project(second)
+        first, second = jnp.split(w_LHK, [widths[0]], axis=-1)
+        return project(first), project(second)

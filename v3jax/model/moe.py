@@ -15,7 +15,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from v3jax.model.layers import FeedForward, Module
+from v3jax.model.layers import FeedForward, Module, fp8_of
 from v3jax.ops import routing
 from v3jax.ops.expert_parallel import (
     ExchangeStats,
@@ -54,10 +54,10 @@ class Experts(Module):
     ) -> tuple[jax.Array, ExchangeStats]:
         cfg = self.cfg
         width = cfg.expert_ffn_dim
-        gate_up = self.matrix(
+        gate_up = self.weight(
             "gate_up_proj", (cfg.n_experts, cfg.dim, 2 * width), "experts", "embed", "ffn"
         )
-        down = self.matrix("down_proj", (cfg.n_experts, width, cfg.dim), "experts", "ffn", "embed")
+        down = self.weight("down_proj", (cfg.n_experts, width, cfg.dim), "experts", "ffn", "embed")
         arrays = (x_ND, experts_NK, gates_NK, gate_up, down)
         mesh = jax.sharding.get_abstract_mesh()
         sizes = {axis: mesh.shape.get(axis, 1) for axis in BATCH_AXES}
@@ -99,6 +99,7 @@ class Experts(Module):
             halves = self.rules.halves
             return routed_experts(
                 *(cfg, moe, x_ND, experts_NK, gates_NK, gate_up, down),
+                fp8=fp8_of(self.numerics),
                 keep=halves or self.numerics.remat != "full",
                 halves=halves,
             )
@@ -109,7 +110,9 @@ class Experts(Module):
             )
             stats = dataclasses.replace(stats, dropped=dropped)
         out_ND = experts_here(
-            cfg.n_experts, x_ND, experts_NK, gates_NK, gate_up, down, partial=capped
+            *(cfg.n_experts, x_ND, experts_NK, gates_NK, gate_up, down),
+            fp8=fp8_of(self.numerics),
+            partial=capped,
         )
         return out_ND, stats
 

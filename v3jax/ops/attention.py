@@ -8,7 +8,7 @@ Dims: B batch, T time, C queries of a chunk, S keys before its end, H heads, K k
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from v3jax import kernels
 from v3jax.kernels import attention as fused
+from v3jax.ops.fp8.linear import Recipe, named
+from v3jax.ops.fp8.quantize import Packed, pack_e5m6, unpack_e5m6
 from v3jax.ops.precision import wide, widen
 
 _MIN_CHUNK = 128
@@ -47,26 +49,75 @@ def causal_attention(
     With `segments_BT` a position sees its own segment only (supervised fine-tuning, report
     section 5.1); pre-training passes None (section 4.1).
     """
-    platform = kernels.platform()
     with jax.named_scope("attention"):
-        if platform == "tpu" and fused.fits_tpu(q_BTHK):
-            return fused.on_tpu(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale)
-        if platform == "gpu" and fused.fits_gpu(q_BTHK, v_BTHV, segments_BT):
-            return fused.on_gpu(q_BTHK, k_BTHK, v_BTHV, scale)
-        if q_BTHK.shape[1] <= _LONG:
-            return _attention(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale)
-        return _padded(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale)
+        return _attend(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale, None)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def packed_attention(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    *,
+    scale: float,
+    segments_BT: jax.Array | None = None,
+    how: Recipe,
+) -> tuple[jax.Array, Packed]:
+    """The same, and the output in E5M6, `[B, T, H V]`, for the projection that takes it.
+
+    This is also what the backward pass knows of it (report section 3.3.3), but where a fused kernel
+    computes it and keeps its output as it is.
+    """
+    with jax.named_scope("attention"):
+        out_BTHV, packed = _attend(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale, how)
+        return out_BTHV, _packed(out_BTHV, how) if packed is None else packed
+
+
+def _attend(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    segments_BT: jax.Array | None,
+    scale: float,
+    how: Recipe | None,
+) -> tuple[jax.Array, Packed | None]:
+    platform = kernels.platform()
+    if platform == "tpu" and fused.fits_tpu(q_BTHK):
+        return fused.on_tpu(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale), None
+    if platform == "gpu" and fused.fits_gpu(q_BTHK, v_BTHV, segments_BT):
+        return fused.on_gpu(q_BTHK, k_BTHK, v_BTHV, scale), None
+    if q_BTHK.shape[1] <= _LONG:
+        return _attention(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale, how)
+    return _padded(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale, how)
+
+
+def _packed(out_BTHV: jax.Array, how: Recipe) -> Packed:
+    """The heads' outputs side by side, in E5M6."""
+    flat = out_BTHV.reshape(*out_BTHV.shape[:-2], -1)
+    return pack_e5m6(flat, how.cfg.tile, power_of_two=how.power_of_two)
+
+
+def _kept(out_BTHV: jax.Array, how: Recipe | None) -> Any:
+    """What waits of the output for the backward pass, under the name of the recompute policy."""
+    return named(out_BTHV if how is None else _packed(out_BTHV, how), "attention_out")
+
+
+def _restored(kept: Any, dout_BTHV: jax.Array, how: Recipe | None) -> jax.Array:
+    """The output as the backward pass knows it, of its gradient's shape and type."""
+    if how is None:
+        return kept
+    return unpack_e5m6(kept, how.cfg.tile, dout_BTHV.dtype).reshape(dout_BTHV.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(
     q_BTHK: jax.Array,
     k_BTHK: jax.Array,
     v_BTHV: jax.Array,
     segments_BT: jax.Array | None,
     scale: float,
-) -> jax.Array:
-    return _forward(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale)[0]
+    how: Recipe | None,
+) -> tuple[jax.Array, Packed | None]:
+    return _attention_fwd(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale, how)[0]
 
 
 def tree_attention(
@@ -136,7 +187,7 @@ def _forward(
     return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=-1)
 
 
-_Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array]
+_Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, Any, jax.Array]
 
 
 def _attention_fwd(
@@ -145,17 +196,21 @@ def _attention_fwd(
     v_BTHV: jax.Array,
     segments_BT: jax.Array | None,
     scale: float,
-) -> tuple[jax.Array, _Residuals]:
+    how: Recipe | None,
+) -> tuple[tuple[jax.Array, Packed | None], _Residuals]:
     out_BTHV, lse_BHT = _forward(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale)
-    out_BTHV = checkpoint_name(out_BTHV, "attention_out")
+    kept = _kept(out_BTHV, how)
     lse_BHT = checkpoint_name(lse_BHT, "attention_lse")
-    return out_BTHV, (q_BTHK, k_BTHK, v_BTHV, segments_BT, out_BTHV, lse_BHT)
+    out = (kept, None) if how is None else (out_BTHV, kept)
+    return out, (q_BTHK, k_BTHK, v_BTHV, segments_BT, kept, lse_BHT)
 
 
 def _attention_bwd(
-    scale: float, residuals: _Residuals, dout_BTHV: jax.Array
+    scale: float, how: Recipe | None, residuals: _Residuals, cotangents: tuple[jax.Array, Any]
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q_BTHK, k_BTHK, v_BTHV, segments_BT, out_BTHV, lse_BHT = residuals
+    q_BTHK, k_BTHK, v_BTHV, segments_BT, kept, lse_BHT = residuals
+    dout_BTHV = cotangents[0]
+    out_BTHV = _restored(kept, dout_BTHV, how)
     delta_BTH = jnp.sum(widen(dout_BTHV) * widen(out_BTHV), axis=-1)
     dqs: list[jax.Array] = []
     dk_BTHK, dv_BTHV = (jnp.zeros(x.shape, wide(x)) for x in (k_BTHK, v_BTHV))
@@ -193,7 +248,8 @@ def _padded(
     v_BTHV: jax.Array,
     segments_BT: jax.Array | None,
     scale: float,
-) -> jax.Array:
+    how: Recipe | None,
+) -> tuple[jax.Array, Packed | None]:
     """Fills the last chunk with positions that no earlier one sees."""
     length = q_BTHK.shape[1]
     extra = -length % _LONG_CHUNK
@@ -204,20 +260,24 @@ def _padded(
 
     segments_NBC = None if segments_BT is None else chunked(segments_BT)
     q_NBCHK, k_NBCHK, v_NBCHV = (chunked(x) for x in (q_BTHK, k_BTHK, v_BTHV))
-    out_NBCHV = _long(q_NBCHK, k_NBCHK, v_NBCHV, segments_NBC, scale)
-    out_BTHV = out_NBCHV.swapaxes(0, 1).reshape(q_BTHK.shape[0], -1, *v_BTHV.shape[2:])
-    return out_BTHV[:, :length]
+    out = _long(q_NBCHK, k_NBCHK, v_NBCHV, segments_NBC, scale, how)
+
+    def whole(x_NBC: jax.Array) -> jax.Array:
+        return x_NBC.swapaxes(0, 1).reshape(x_NBC.shape[1], -1, *x_NBC.shape[3:])[:, :length]
+
+    return jax.tree.map(whole, out)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _long(
     q_NBCHK: jax.Array,
     k_NBCHK: jax.Array,
     v_NBCHV: jax.Array,
     segments_NBC: jax.Array | None,
     scale: float,
-) -> jax.Array:
-    return _long_fwd(q_NBCHK, k_NBCHK, v_NBCHV, segments_NBC, scale)[0]
+    how: Recipe | None,
+) -> tuple[jax.Array, Packed | None]:
+    return _long_fwd(q_NBCHK, k_NBCHK, v_NBCHV, segments_NBC, scale, how)[0]
 
 
 def _block_scores(
@@ -243,7 +303,8 @@ def _long_fwd(
     v_NBCHV: jax.Array,
     segments_NBC: jax.Array | None,
     scale: float,
-) -> tuple[jax.Array, _Residuals]:
+    how: Recipe | None,
+) -> tuple[tuple[jax.Array, Packed | None], _Residuals]:
     def one_chunk(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         q_BCHK = q_NBCHK[i]
 
@@ -278,15 +339,18 @@ def _long_fwd(
         return out_BCHV, top_BHC + jnp.log(sum_BHC)
 
     out_NBCHV, lse_NBHC = jax.lax.map(one_chunk, jnp.arange(q_NBCHK.shape[0]))
-    out_NBCHV = checkpoint_name(out_NBCHV, "attention_out")
+    kept = _kept(out_NBCHV, how)
     lse_NBHC = checkpoint_name(lse_NBHC, "attention_lse")
-    return out_NBCHV, (q_NBCHK, k_NBCHK, v_NBCHV, segments_NBC, out_NBCHV, lse_NBHC)
+    out = (kept, None) if how is None else (out_NBCHV, kept)
+    return out, (q_NBCHK, k_NBCHK, v_NBCHV, segments_NBC, kept, lse_NBHC)
 
 
 def _long_bwd(
-    scale: float, residuals: _Residuals, dout_NBCHV: jax.Array
+    scale: float, how: Recipe | None, residuals: _Residuals, cotangents: tuple[jax.Array, Any]
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q_NBCHK, k_NBCHK, v_NBCHV, segments_NBC, out_NBCHV, lse_NBHC = residuals
+    q_NBCHK, k_NBCHK, v_NBCHV, segments_NBC, kept, lse_NBHC = residuals
+    dout_NBCHV = cotangents[0]
+    out_NBCHV = _restored(kept, dout_NBCHV, how)
     kind = wide(q_NBCHK)
     delta_NBHC = jnp.einsum("nbchv,nbchv->nbhc", widen(dout_NBCHV), widen(out_NBCHV))
 

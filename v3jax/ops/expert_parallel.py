@@ -27,9 +27,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from v3jax import kernels
-from v3jax.config import ModelConfig, MoEConfig
+from v3jax.config import Fp8Config, ModelConfig, MoEConfig
 from v3jax.kernels.grouped_matmul import Blocks
 from v3jax.ops.dispatch import (
+    Layout,
     block_rows,
     combine,
     dispatch,
@@ -37,7 +38,9 @@ from v3jax.ops.dispatch import (
     make_layout,
     n_blocks_for,
 )
-from v3jax.ops.exchange import exchange, exchange_back, make_route
+from v3jax.ops.exchange import Route, exchange, exchange_back, make_route
+from v3jax.ops.fp8 import linear, wire
+from v3jax.ops.fp8.quantize import Quantized
 from v3jax.ops.gemm import grouped_matmul
 from v3jax.ops.norm import swiglu
 from v3jax.ops.precision import widen
@@ -81,6 +84,8 @@ class Plan:
     """Rows that hop 2 can bring to a device."""
     max_passes: int
     """Passes after which the worst routing has gone through; a power of two."""
+    fp8: Fp8Config | None = None
+    """How experts multiply in FP8; None: in the type of their tokens."""
 
     @property
     def node_experts(self) -> int:
@@ -92,7 +97,12 @@ class Plan:
 
 
 def make_plan(
-    model: ModelConfig, moe: MoEConfig, n_tokens: int, n_nodes: int, n_ranks: int
+    model: ModelConfig,
+    moe: MoEConfig,
+    n_tokens: int,
+    n_nodes: int,
+    n_ranks: int,
+    fp8: Fp8Config | None = None,
 ) -> Plan:
     """Sizes for `n_tokens` a device on `n_nodes` nodes of `n_ranks` devices.
 
@@ -133,6 +143,7 @@ def make_plan(
         fan_rows=fan_rows,
         rank_rows=rank_rows,
         max_passes=passes,
+        fp8=fp8,
     )
 
 
@@ -145,6 +156,7 @@ def routed_experts(
     gate_up_LDF: jax.Array,
     down_LFD: jax.Array,
     *,
+    fp8: Fp8Config | None = None,
     keep: bool = True,
     halves: bool = False,
 ) -> tuple[jax.Array, ExchangeStats]:
@@ -154,6 +166,7 @@ def routed_experts(
       x_ND: this device's tokens.
       experts_NK: their experts, int32, over all devices; each token's are distinct.
       gate_up_LDF, down_LFD: this device's experts, the `L` from `L * (node * ranks + rank)` on.
+      fp8: how experts multiply in FP8, and tokens travel; else both in the tokens' type.
       keep: whether the first pass keeps what its gradient needs.
       halves: whether gradients of the experts' weights can be computed apart from the others, at
         the price of running extra passes forward for each.
@@ -170,7 +183,7 @@ def routed_experts(
         if not chunk.size:
             continue
         part = slice(int(chunk[0]), int(chunk[-1]) + 1)
-        plan = make_plan(model, moe, chunk.size, n_nodes, n_ranks)
+        plan = make_plan(model, moe, chunk.size, n_nodes, n_ranks, fp8)
         out, stat = _all_passes(
             plan, keep, halves, x_ND[part], experts_NK[part], gates_NK[part], gate_up_LDF, down_LFD
         )
@@ -331,13 +344,14 @@ def _pass(plan: Plan, experts_NK: jax.Array, n_passes: jax.Array, p: jax.Array |
     def run(
         x_ND: jax.Array, gates_NK: jax.Array, gate_up_LDF: jax.Array, down_LFD: jax.Array
     ) -> jax.Array:
+        rows = Rows(x_ND)
         if plan.n_nodes == 1:
-            return _within_node(plan, x_ND, chosen_NK, gates_NK, gate_up_LDF, down_LFD)
+            return _within_node(plan, rows, chosen_NK, gates_NK, gate_up_LDF, down_LFD)
         # ---- Hop 1: one row a token and node
         node_NH = target_nodes(plan, chosen_NK)
         layout = make_layout(node_NH, plan.n_nodes, 1, partial=True)
         route, _ = make_route(layout.load_E, "node", n_sent=node_NH.size, n_blocks=plan.node_rows)
-        rows_MD = exchange(dispatch(x_ND, layout), route, False)
+        rows = _send(rows, layout, route, plan.fp8)
         gates_MK = exchange(dispatch(gates_NK, layout), route)
         # 0 on rows where nothing arrived: numbers travel one higher.
         chosen_MK = exchange(dispatch(chosen_NK + 1, layout), route) - 1
@@ -345,8 +359,8 @@ def _pass(plan: Plan, experts_NK: jax.Array, n_passes: jax.Array, p: jax.Array |
         local_MK = chosen_MK - first
         here_MK = (chosen_MK >= first) & (local_MK < plan.node_experts)
         local_MK = jnp.where(here_MK, local_MK, plan.node_experts)
-        out_MD = _within_node(plan, rows_MD, local_MK, gates_MK, gate_up_LDF, down_LFD)
-        return combine(exchange_back(out_MD, route, False), layout)
+        out_MD = _within_node(plan, rows, local_MK, gates_MK, gate_up_LDF, down_LFD)
+        return _send_back(out_MD, layout, route, plan.fp8)
 
     return run
 
@@ -359,9 +373,44 @@ def target_nodes(plan: Plan, chosen_NK: jax.Array) -> jax.Array:
     return plan.n_nodes - best_NH
 
 
+@struct.dataclass
+class Rows:
+    """Tokens on their way to experts."""
+
+    x: jax.Array
+    q: Quantized | None = None
+    """What travels in place of `x`, which then only takes the gradient."""
+
+
+def _send(
+    rows: Rows, layout: Layout, route: Route | None, fp8: Fp8Config | None, *, last: bool = False
+) -> Rows:
+    """To the rows of their experts, on this device or where `route` leads; `last` if they stay."""
+    if fp8 is not None and fp8.dispatch == "fp8":
+        x, q = wire.send(rows.x, layout, route, _wire_recipe(fp8), rows.q, last=last)
+        return Rows(x, q)
+    x = dispatch(rows.x, layout)
+    if route is not None:
+        x = exchange(x, route, False)
+    return Rows(checkpoint_name(x, "dispatched") if last else x)
+
+
+def _send_back(
+    out: jax.Array, layout: Layout, route: Route | None, fp8: Fp8Config | None
+) -> jax.Array:
+    """The mirror of `_send`: each token's rows added up."""
+    if fp8 is not None and fp8.dispatch == "fp8":
+        return wire.send_back(out, layout, route, _wire_recipe(fp8))
+    return combine(out if route is None else exchange_back(out, route, False), layout)
+
+
+def _wire_recipe(fp8: Fp8Config) -> linear.Recipe:
+    return linear.recipe(fp8, exact=True, exact_gradient=True)
+
+
 def _within_node(
     plan: Plan,
-    rows_MD: jax.Array,
+    rows: Rows,
     local_MK: jax.Array,
     gates_MK: jax.Array,
     gate_up_LDF: jax.Array,
@@ -369,13 +418,16 @@ def _within_node(
 ) -> jax.Array:
     """Rows to the experts of this node, numbered from 0, and their weighted sums back."""
     block = block_rows(plan.n_tokens * plan.top_k, plan.rank_experts)
+    if plan.fp8 is not None:
+        block = plan.fp8.tile  # rows that share scales
     if plan.n_ranks == 1:
         layout = make_layout(
             local_MK, plan.node_experts, block, partial=True, max_choices=plan.rank_rows
         )
         gates = dispatch_gates(gates_MK, layout)
-        out = _experts(dispatch(rows_MD, layout), gates, gate_up_LDF, down_LFD, layout.blocks)
-        return combine(out, layout)
+        sent = _send(rows, layout, None, plan.fp8)
+        out = _experts(sent, gates, gate_up_LDF, down_LFD, layout.blocks, plan.fp8)
+        return _send_back(out, layout, None, plan.fp8)
     # ---- Hop 2: one row a choice, landing in expert order
     layout = make_layout(local_MK, plan.node_experts, 1, partial=True, max_choices=plan.fan_rows)
     route, blocks = make_route(
@@ -386,20 +438,30 @@ def _within_node(
         block=block,
         balanced_rows=plan.n_tokens * plan.top_k,
     )
-    rows = checkpoint_name(exchange(dispatch(rows_MD, layout), route, False), "dispatched")
+    sent = _send(rows, layout, route, plan.fp8, last=True)
     gates = exchange(dispatch_gates(gates_MK, layout), route)
-    out = _experts(rows, gates, gate_up_LDF, down_LFD, blocks)
-    return combine(exchange_back(out, route, False), layout)
+    out = _experts(sent, gates, gate_up_LDF, down_LFD, blocks, plan.fp8)
+    return _send_back(out, layout, route, plan.fp8)
 
 
 def _experts(
-    rows_ND: jax.Array, gates_N: jax.Array, gate_up: jax.Array, down: jax.Array, blocks: Blocks
+    rows: Rows,
+    gates_N: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    blocks: Blocks,
+    fp8: Fp8Config | None,
 ) -> jax.Array:
     """Two grouped products with the gated SwiGLU between them."""
-    shape = rows_ND.shape
-    hidden = grouped_matmul(rows_ND.reshape(shape[0], -1), gate_up, blocks)
+    shape = rows.x.shape
+    x_ND, q = jax.tree.map(lambda x: x.reshape(shape[0], -1), (rows.x, rows.q))
+    if fp8 is not None:
+        to, back = linear.recipe(fp8, exact=True), linear.recipe(fp8, exact_gradient=True)
+        hidden = linear.grouped_linear(x_ND, gate_up, blocks, to, q)
+        return linear.grouped_swiglu_linear(hidden, gates_N, down, blocks, back).reshape(shape)
+    hidden = grouped_matmul(x_ND, gate_up, blocks)
     hidden = swiglu(checkpoint_name(hidden, "gate_up"))
-    hidden = (widen(hidden) * gates_N[:, None]).astype(rows_ND.dtype)
+    hidden = (widen(hidden) * gates_N[:, None]).astype(x_ND.dtype)
     return grouped_matmul(hidden, down, blocks).reshape(shape)
 
 
@@ -411,10 +473,13 @@ def experts_here(
     gate_up_EDF: jax.Array,
     down_EFD: jax.Array,
     *,
+    fp8: Fp8Config | None = None,
     partial: bool = False,
 ) -> jax.Array:
     """As `routed_experts` where all experts are on this device."""
-    layout = make_layout(experts_NK, n_experts, partial=partial)
+    block = None if fp8 is None else fp8.tile
+    layout = make_layout(experts_NK, n_experts, block, partial=partial)
     gates_N = dispatch_gates(gates_NK, layout)
-    out = _experts(dispatch(x_ND, layout), gates_N, gate_up_EDF, down_EFD, layout.blocks)
-    return combine(out, layout)
+    sent = _send(Rows(x_ND), layout, None, fp8)
+    out = _experts(sent, gates_N, gate_up_EDF, down_EFD, layout.blocks, fp8)
+    return _send_back(out, layout, None, fp8)

@@ -38,12 +38,6 @@ def _blocks(x_NI: jax.Array, blocks: Blocks) -> jax.Array:
     return x_NI.reshape(blocks.expert_M.shape[0], blocks.block, x_NI.shape[-1])
 
 
-def _cleared(x_NI: jax.Array, blocks: Blocks) -> jax.Array:
-    """The rows that hold a token, zeros in place of the others."""
-    filled_MR = jnp.arange(blocks.block) < blocks.filled_M[:, None]
-    return jnp.where(filled_MR.reshape(-1, 1), x_NI, 0)
-
-
 def _gathers(w_EIO: jax.Array, blocks: Blocks) -> bool:
     if blocks.balanced_rows is not None:
         return False
@@ -62,7 +56,7 @@ def _forward(x_NI: jax.Array, w_EIO: jax.Array, blocks: Blocks, product: str) ->
             return y_MRO.reshape(x_NI.shape[0], -1).astype(x_NI.dtype)
         single = product.replace("m", "")
         width = w_EIO.shape[2] if product.endswith("o") else w_EIO.shape[1]
-        first_E = _first_blocks(blocks, w_EIO.shape[0])
+        first_E = first_blocks(blocks, w_EIO.shape[0])
 
         def one_expert(e: jax.Array, y_MRO: jax.Array) -> jax.Array:
             w_IO = w_EIO[e]
@@ -78,7 +72,7 @@ def _forward(x_NI: jax.Array, w_EIO: jax.Array, blocks: Blocks, product: str) ->
         return y_MRO.reshape(-1, width)
 
 
-def _first_blocks(blocks: Blocks, n_experts: int) -> jax.Array:
+def first_blocks(blocks: Blocks, n_experts: int) -> jax.Array:
     """The first block of every expert and, last, the number of blocks in use: `[E + 1]`, int32."""
     used_M = jnp.arange(blocks.expert_M.shape[0]) < blocks.n_used
     before = (blocks.expert_M < jnp.arange(n_experts + 1)[:, None]) & used_M
@@ -91,7 +85,7 @@ def _weight_gradient(
     if kernels.platform() == "tpu" and kernel.fits(x_NI, w_EIO, blocks):
         return kernel.grouped_weight_gradient(x_NI, dy_NO, w_EIO, blocks)
     if kernels.platform() == "tpu":  # rows without a token hold anything there
-        x_NI, dy_NO = (_cleared(rows, blocks) for rows in (x_NI, dy_NO))
+        x_NI, dy_NO = (blocks.cleared(rows) for rows in (x_NI, dy_NO))
     x_MRI, dy_MRO = _blocks(x_NI, blocks), _blocks(dy_NO, blocks)
     with jax.named_scope("grouped_matmul_weight_gradient"):
         dw_EIO = jnp.zeros(w_EIO.shape, wide(x_NI))
@@ -99,7 +93,7 @@ def _weight_gradient(
             dw_MIO = jnp.einsum("mri,mro->mio", x_MRI, dy_MRO, preferred_element_type=wide(x_NI))
             return dw_EIO.at[blocks.expert_M].add(dw_MIO, indices_are_sorted=True)
 
-        first_E = _first_blocks(blocks, w_EIO.shape[0])
+        first_E = first_blocks(blocks, w_EIO.shape[0])
 
         def one_expert(e: jax.Array, dw_EIO: jax.Array) -> jax.Array:
             def one_block(m: jax.Array, dw_IO: jax.Array) -> jax.Array:

@@ -32,13 +32,18 @@ def _swiglu_fwd(gate_up_2F: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _swiglu_bwd(gate_up_2F: jax.Array, dout_F: jax.Array) -> tuple[jax.Array]:
+    return (swiglu_gradient(gate_up_2F, dout_F),)
+
+
+def swiglu_gradient(gate_up_2F: jax.Array, dout_F: jax.Array) -> jax.Array:
+    """The gradient of `swiglu`'s input, in its type, from that of its output."""
     gate_F, up_F = _halves(gate_up_2F)
     sigmoid_F = jax.nn.sigmoid(gate_F)
     dout_F = widen(dout_F)
     dgate_F = dout_F * up_F * sigmoid_F * (1 + gate_F * (1 - sigmoid_F))
     dup_F = dout_F * gate_F * sigmoid_F
     dtype = gate_up_2F.dtype
-    return (jnp.concatenate([dgate_F.astype(dtype), dup_F.astype(dtype)], axis=-1),)
+    return jnp.concatenate([dgate_F.astype(dtype), dup_F.astype(dtype)], axis=-1)
 
 
 def _halves(gate_up_2F: jax.Array) -> tuple[jax.Array, ...]:
