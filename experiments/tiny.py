@@ -79,6 +79,43 @@ def v3_tiny() -> ExperimentConfig:
 
 
 @register
+def v3_fp8() -> ExperimentConfig:
+    """v3_tiny in FP8, so wide that every product spans several tiles: 15M parameters.
+
+    Its twin: `--set numerics.compute=bf16`. `notebooks/fp8.ipynb` compares the two.
+    """
+    tiny = v3_tiny()
+    cfg = replace(
+        tiny,
+        name="v3_fp8",
+        model=replace(
+            tiny.model,
+            dim=512,
+            n_layers=3,
+            q_latent_dim=256,
+            kv_latent_dim=256,
+            nope_head_dim=64,
+            rope_head_dim=32,
+            v_head_dim=64,
+            dense_ffn_dim=1024,
+            expert_ffn_dim=256,
+            n_experts=4,
+            top_k=2,
+            n_groups=1,
+            top_groups=1,
+            init_std=0.022,  # the report's 0.006 times sqrt(7168 / 512)
+        ),
+        numerics=replace(tiny.numerics, compute="fp8"),
+        batch=BatchConfig(micro_batch=16, start=16, end=16, ramp_tokens=0.0),
+        optim=replace(
+            tiny.optim,
+            phases=tuple(replace(phase, lr=phase.lr / 2) for phase in tiny.optim.phases),
+        ),
+    )
+    return scaled_to(cfg, 1.2e6)
+
+
+@register
 def v3_tiny_pipe() -> ExperimentConfig:
     """v3_tiny over four pipeline ranks and two data-parallel ones: eight devices, DualPipe.
 

@@ -1,6 +1,7 @@
 """Ablations: real runs of seconds, kept and continued; intervals against known ones."""
 
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,20 @@ def test_a_difference_is_taken_seed_by_seed(tmp_path: Path) -> None:
     both = {"a": [run(10), run(20)], "b": [run(9), run(19)]}
     found = difference(both, lambda r: float(r.seed), "a", "b")
     assert (found.mean, found.half) == (1.0, 0.0)
+
+
+def test_a_relative_difference_is_of_smoothed_losses(tmp_path: Path) -> None:
+    """As of one tenth of what is new each step; one outlier fades, a gap stays."""
+    losses = {"a": [4.0, 4.0, 3.0, 3.0, 3.0], "b": [2.0, 2.0, 2.0, 2.0, 2.0]}
+    made = {}
+    for name, values in losses.items():
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": i, "loss": v}) for i, v in enumerate(values)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        made[name] = ablation.Run(name, 0, tmp_path / name, mini.config())
+    got = ablation.relative_difference(made["a"], made["b"])
+    np.testing.assert_allclose(got, [1, 1, 0.95, 0.905, 0.8645])
+    np.testing.assert_allclose(ablation.relative_difference(made["a"], made["a"]), np.zeros(5))
 
 
 @pytest.mark.slow

@@ -238,6 +238,22 @@ def difference(runs: Mapping[str, Sequence[Run]], figure: Figure, a: str, b: str
     return estimate([figure(one) - figure(other) for one, other in pairs])
 
 
+def relative_difference(
+    run: Run, other: Run, metric: str = "loss", *, decay: float = 0.9
+) -> np.ndarray:
+    """`run` over `other`, less one, at every step, both smoothed over steps by an exponential mean
+    of this decay (report appendix B.1)."""
+    smooth = [_smooth([row[metric] for row in one.rows], decay) for one in (run, other)]
+    return smooth[0] / smooth[1] - 1
+
+
+def _smooth(values: Sequence[float], decay: float) -> np.ndarray:
+    found = [values[0]]
+    for value in values[1:]:
+        found.append(decay * found[-1] + (1 - decay) * value)
+    return np.array(found)
+
+
 def verdict(found: Estimate, what: str) -> str:
     """What an interval of a difference says, in words: `a - b: -0.02 ± 0.01: lower`."""
     if found.n < 2 or math.isnan(found.half):

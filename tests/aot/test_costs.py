@@ -66,6 +66,13 @@ ENTRY %main (q: bf16[2,1024,192], k: bf16[2,1024,192], v: bf16[2,1024,128], m: s
 }}, metadata={op_name="jit(f)/splash_mha_dq_no_residuals/pallas_call" id=2}
   %mm = bf16[4,4]{1,0} custom-call(%q), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/transpose(jvp(grouped_matmul))/pallas_call"}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","transcendentals":"0","bytes_accessed":"10"}}}
   %fmha = (bf16[1,4,256,32]{3,1,2,0}, u8[0]{0}) custom-call(%g, %g, %h), custom_call_target="__cudnn$fmhaSoftmax"
+  %a = f8e4m3fn[512,256]{1,0} parameter(6)
+  %sa = f32[2,512]{1,0} parameter(7)
+  %b = f8e4m3fn[4,384,256]{2,1,0} parameter(8)
+  %gemm = bf16[512,384]{1,0} custom-call(%a, %sa, %b), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/fp8_gemm_nt/jit(gemm_nt)/fp8_gemm_nt/mpmd_map"}
+  %groups = bf16[512,384]{1,0} custom-call(%a, %sa, %b), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/transpose(jvp(fp8_m_grouped_nt_of_300))/jit(m_grouped_nt)/fp8_m_grouped_nt/mpmd_map"}
+  %weights = f32[4,512,384]{2,1,0} custom-call(%a, %sa, %a), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/fp8_k_grouped_nt_of_200/jit(k_grouped_nt)/fp8_k_grouped_nt/mpmd_map"}
+  %codes = (f8e4m3fn[512,256]{1,0}, f32[2,512]{1,0}) custom-call(%q), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/jit(rows)/fp8_quantize/mpmd_map"}
   ROOT %free = f32[] custom-call(), custom_call_target="AllocateBuffer"
 }
 """  # noqa: E501
@@ -158,6 +165,10 @@ def test_kernels_count_by_their_estimate_or_by_their_shapes() -> None:
         "splash_mha_dq_no_residuals": 2 * 2 * 10 * 256 * 256 * (192 + 128 + 192),
         "grouped_matmul": 1000,
         "__cudnn$fmhaSoftmax": 4 * 256 * 256 * (48 + 32),
+        "fp8_gemm_nt": 2 * 512 * 384 * 256,
+        "fp8_m_grouped_nt": 2 * 300 * 384 * 256,  # rows of a balanced batch, by its scope's name
+        "fp8_k_grouped_nt": 2 * 512 * 384 * 200,
+        "fp8_quantize": 0,
     }
     assert [name for name, k in kernels.items() if k.declared] == ["grouped_matmul"]
 

@@ -52,6 +52,8 @@ def read_kernel(computation: Computation, instruction: Instruction) -> Kernel | 
     moved = sum(array.bytes for array in (*inputs, *outputs) if array.in_main_memory)
     if name.startswith("splash_m"):
         flops = _splash(name, instruction.attributes, inputs)
+    elif target.startswith("mosaic_gpu"):
+        flops = _fp8(name, instruction.attributes, inputs, outputs)
     elif "fmhaSoftmax" in target:
         flops = _cudnn_attention(target, inputs)
     elif target.startswith("__cublas$"):
@@ -64,7 +66,7 @@ def read_kernel(computation: Computation, instruction: Instruction) -> Kernel | 
 
 def _name(instruction: Instruction, target: str) -> str:
     """The name its author gave it."""
-    called = re.search(r'([^"/()]+)\)*/pallas_call"', instruction.attributes)
+    called = re.search(r'([^"/()]+)\)*/(pallas_call|mpmd_map)"', instruction.attributes)
     if called:
         return called[1]
     if target.startswith(("__cudnn", "__cublas")):
@@ -104,6 +106,20 @@ def _splash(name: str, attributes: str, inputs: list[Array]) -> float:
     pairs = causal_pairs(length, length_kv, block_q, block_kv)
     heads = q.size // (length * key)
     return 2.0 * heads * pairs * block_q * block_kv * widths
+
+
+def _fp8(name: str, attributes: str, inputs: list[Array], outputs: list[Array]) -> float:
+    """The products of `kernels.fp8_gpu`, of the rows that a balanced batch fills if a name says so
+    (`ops.fp8.gemm`); quantisation has none."""
+    if not name.endswith("_nt"):
+        return 0.0
+    rows, contracted = inputs[0].dims
+    if name.endswith("k_grouped_nt"):
+        m, n = outputs[0].dims[-2:]
+        told = re.findall(r"fp8_k_grouped_nt_of_(\d+)", attributes)
+        return 2.0 * m * n * (int(told[-1]) if told else contracted)
+    told = re.findall(r"fp8_m_grouped_nt_of_(\d+)", attributes)
+    return 2.0 * (int(told[-1]) if told else rows) * outputs[0].dims[-1] * contracted
 
 
 def _cudnn_attention(target: str, inputs: list[Array]) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from v3jax.aot.collectives import Collective, read_collectives
 from v3jax.aot.costs import Costs, read_costs
 from v3jax.aot.hlo import Loops, Module, parse
-from v3jax.aot.targets import GIB, Target
+from v3jax.aot.targets import GIB, Chip, Target
 from v3jax.config import ExperimentConfig
 from v3jax.cost import flops_per_token
 from v3jax.pipeline.plan import idle_share, plan_of, shares
@@ -106,7 +106,7 @@ def make_report(
         costs = read_costs(module)
         rows, links = _collectives(module, target, mesh)
         roofline = {
-            "flops": costs.matrix_flops / chip.peak_flops,
+            "flops": _at_peak(costs, chip),
             "memory": costs.memory_bytes / chip.memory_speed,
             "links": links,
         }
@@ -202,6 +202,12 @@ def _busiest(seconds: Iterable[tuple[Collective, float]]) -> float:
         for axis in collective.axes:
             by_axis[axis] = by_axis.get(axis, 0.0) + each
     return max(by_axis.values(), default=0.0)
+
+
+def _at_peak(costs: Costs, chip: Chip) -> float:
+    """Seconds of the matrix products, those of FP8 kernels at the rate of FP8."""
+    fp8 = sum(k.flops for name, k in costs.kernels.items() if name.startswith("fp8_"))
+    return (costs.matrix_flops - fp8 + fp8 / chip.fp8_speedup) / chip.peak_flops
 
 
 def _kernels(costs: Costs) -> list[dict[str, Any]]:

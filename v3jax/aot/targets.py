@@ -26,6 +26,8 @@ class Chip:
     """What a program may use."""
     peak_flops: float
     """BF16 FLOP/s without sparsity."""
+    fp8_speedup: float = 1.0
+    """FP8 FLOP/s over those."""
     memory_speed: float
     """Bytes/s of the main memory."""
     link_speed: float
@@ -67,6 +69,7 @@ CHIPS = (
         devices_per_chip=2,
         memory_bytes=int(94.75 * GIB),
         peak_flops=2307e12 / 2,
+        fp8_speedup=2.0,
         memory_speed=7.38e12 / 2,
         link_speed=90e9 / 2,
     ),
@@ -77,6 +80,7 @@ CHIPS = (
         example="256x8",
         memory_bytes=int(79.1 * GIB),
         peak_flops=989e12,
+        fp8_speedup=2.0,
         memory_speed=3.35e12,
         link_speed=450e9,
         outer_speed=50e9,

@@ -5,7 +5,8 @@ tensor cores over 128 elements of the contraction, after which the partial sums 
 added up in FP32 registers (report sections 3.3.2 and 3.5.2). The grid is one program a
 multiprocessor, which walks over tiles so that neighbours share operands in the L2 cache.
 
-Operands have the contraction last; sizes are whole 128s. Dims: M and N rows of the operands, K
+Operands have the contraction last; sizes are whole 128s. Each function is jitted, so that a kernel
+is traced once for all that call it with the same shapes. Dims: M and N rows of the operands, K
 contraction, Q = K / 128, T tokens, E experts.
 """
 
@@ -68,6 +69,7 @@ class _Tile:
     """The scale of B at a step, where it is one for the tile."""
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "run"))
 def gemm_nt(
     a_MK: jax.Array,
     scales_MQ: jax.Array,
@@ -91,6 +93,7 @@ def gemm_nt(
     return _call(kernel, result, kernel_run, "fp8_gemm_nt")(a_MK, scales_MQ.T, b_NK, scales_NQ)
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "run"))
 def m_grouped_nt(
     a_MK: jax.Array,
     scales_MQ: jax.Array,
@@ -124,6 +127,7 @@ def m_grouped_nt(
     return call(a_MK, scales_MQ.T, b_ENK, scales_ENQ, expert_M)
 
 
+@functools.partial(jax.jit, static_argnames=("run",))
 def k_grouped_nt(
     a_MT: jax.Array,
     scales_MQ: jax.Array,

@@ -4,6 +4,7 @@ Each program takes tiles of 64 x 128 numbers, brought and taken away by TMA. Sca
 products of `fp8_gpu` read them, tiles first. Dims: N rows, K columns, Q = K / 128, T = N / 128.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ _LARGEST = 448.0
 _LAYOUT = plgpu.Layout.WGMMA
 
 
+@functools.partial(jax.jit, static_argnames=("power_of_two", "floor", "run"))
 def rows(
     x_NK: jax.Array, *, power_of_two: bool, floor: float, run: Run | None = None
 ) -> tuple[jax.Array, jax.Array]:
@@ -33,6 +35,7 @@ def rows(
     return _by_rows(x_NK, None, x_NK.shape[1], load, 1, power_of_two, floor, run, "fp8_quantize")
 
 
+@functools.partial(jax.jit, static_argnames=("power_of_two", "floor", "run"))
 def swiglu_rows(
     gate_up_N2K: jax.Array,
     gates_N: jax.Array | None,
@@ -116,6 +119,7 @@ def _by_rows(
     return codes, scales.T
 
 
+@functools.partial(jax.jit, static_argnames=("power_of_two", "floor", "run"))
 def columns(
     x_NK: jax.Array, *, power_of_two: bool, floor: float, run: Run | None = None
 ) -> tuple[jax.Array, jax.Array]:

@@ -29,6 +29,7 @@ def runs_here() -> bool:
     return platform() == "tpu"
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
 def gemm_nt(
     a_MK: jax.Array,
     scales_MQ: jax.Array,
@@ -45,6 +46,7 @@ def gemm_nt(
     )
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
 def m_grouped_nt(
     a_MK: jax.Array,
     scales_MQ: jax.Array,

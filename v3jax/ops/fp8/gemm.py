@@ -46,7 +46,9 @@ def m_grouped_nt(
 
     Rows of blocks that are not in use come out as anything.
     """
-    with jax.named_scope("fp8_m_grouped_nt"):
+    # Who reads the program finds how many rows a balanced batch fills (`aot.kernels`).
+    filled = blocks.expected_rows(a.codes.shape[0])
+    with jax.named_scope(f"fp8_m_grouped_nt_of_{filled}"):
         _check(a, b, (cfg.tile,), (cfg.block, cfg.block))
         n_experts, n_out = b.codes.shape[:2]
         if (kernels := backend.kernels_of(cfg)) is not None and blocks.block == cfg.tile:
@@ -79,7 +81,9 @@ def k_grouped_nt(
     Both in tiles `1 x cfg.tile` along the tokens, which lie in the experts' order in whole blocks
     of `cfg.tile`; without `blocks` all are of one expert.
     """
-    with jax.named_scope("fp8_k_grouped_nt"):
+    length = a.codes.shape[1]
+    filled = length if blocks is None else blocks.expected_rows(length)
+    with jax.named_scope(f"fp8_k_grouped_nt_of_{filled}"):
         _check(a, b, (cfg.tile,), (cfg.tile,))
         if blocks is not None and blocks.block != cfg.tile:
             raise ValueError(
