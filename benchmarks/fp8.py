@@ -22,8 +22,9 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.kept import keep, kept, markdown
-from v3jax.aot import process
+from v3jax.aot import process, targets
 from v3jax.config import Fp8Config
+from v3jax.kernels.fp8_gpu import BLOCK
 from v3jax.ops.fp8 import linear
 
 _TABLES = flags.DEFINE_list("tables", ["linear"], "Tables: linear, roofline, readme.")
@@ -40,9 +41,9 @@ SHAPES = (
 )
 """Names, outputs and inputs."""
 N_ROWS = 4096
-PEAK_FLOPS, PEAK_BYTES = 1979e12, 3.35e12
-"""Of an H100 SXM, FP8 without sparsity and HBM3, by its data sheet."""
-_TILE = 128
+_H100 = targets.parse("gpu:h100:1x1").chip
+PEAK_FLOPS, PEAK_BYTES = _H100.peak_flops * _H100.fp8_speedup, _H100.memory_speed
+"""Of FP8, and of main memory."""
 
 
 # ---- Emulated
@@ -119,9 +120,9 @@ def _flops_a_step(kernel: dict[str, Any]) -> float:
 
 def _work(outer: int, inner: int, per_step: float) -> dict[str, float]:
     """FLOPs, bytes and least seconds of one product and the quantisation of its input."""
-    m, n, k = N_ROWS // _TILE, -(-outer // _TILE), inner // _TILE
+    m, n, k = N_ROWS // BLOCK, -(-outer // BLOCK), inner // BLOCK
     flops = m * n * k * per_step
-    tile, scale = _TILE * _TILE, 4 * _TILE
+    tile, scale = BLOCK * BLOCK, 4 * BLOCK
     loaded = m * n * k * (2 * tile + scale + 4)
     once = m * k * (tile + scale) + n * k * (tile + 4)
     stored = m * n * 2 * tile
@@ -136,7 +137,7 @@ def _work(outer: int, inner: int, per_step: float) -> dict[str, float]:
         "least_us": least * 1e6,
         "quantise_us": quantised / PEAK_BYTES * 1e6,
         "bf16_us": max(
-            2.0 * N_ROWS * outer * inner / (PEAK_FLOPS / 2),
+            2.0 * N_ROWS * outer * inner / _H100.peak_flops,
             2 * (N_ROWS * inner + outer * inner + N_ROWS * outer) / PEAK_BYTES,
         )
         * 1e6,

@@ -1,4 +1,4 @@
-"""Training steps in FP8 on meshes: as near to exact as on one device."""
+"""Training steps in FP8 on meshes and in a pipeline: as near to exact as on one device."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +18,15 @@ TILED = Fp8Config(tile=16, block=16, promotion=16)
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Also small parameters are stored in parts."""
+    """Also small parameters are stored in parts; weights do not blow a rounding up."""
+    params = small.params
+
+    def smaller(path: Any, x: np.ndarray) -> np.ndarray:
+        return x if "norm" in jax.tree_util.keystr(path) else x * 0.3
+
+    monkeypatch.setattr(
+        small, "params", lambda cfg: jax.tree_util.tree_map_with_path(smaller, params(cfg))
+    )
 
     def forget() -> None:
         for cached in (state.param_specs, state.state_specs, stepped):
@@ -55,8 +63,9 @@ def apart(a: np.ndarray, b: np.ndarray) -> float:
     [
         {"n_ranks": 1, "node": 2, "expert": 2},
         {"n_ranks": 1, "data": 2, "storage": "fsdp"},
+        {"n_ranks": 2, "remat": "report", "expert": 2},
     ],
-    ids=["experts", "fsdp"],
+    ids=["experts", "fsdp", "pipeline"],
 )
 def test_a_step_is_as_near_as_on_one_device(mesh: dict[str, Any]) -> None:
     """Token tiles lie otherwise, the order of sums differs; scales and codes are the same."""
@@ -65,7 +74,7 @@ def test_a_step_is_as_near_as_on_one_device(mesh: dict[str, Any]) -> None:
     exact, _ = moments(alone(wide))
     one, expected = moments(alone(cfg))
     got, metrics = moments(cfg)
-    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=5e-3)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-3)
     np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=5e-2)
     assert 1e-2 < apart(one, exact) < 0.3
     assert apart(got, exact) < 1.3 * apart(one, exact)

@@ -311,11 +311,12 @@ def test_the_comparison_can_fail() -> None:
         check(experiment(n_ranks=4, n_micro=8), flip=True)
 
 
+@pytest.mark.parametrize("compute", ["bf16", "fp8"])
 def test_weights_travel_in_the_types_that_modules_compute_with(
-    monkeypatch: pytest.MonkeyPatch,
+    compute: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`type_of` knows by name what each module asks for."""
-    numerics = small.numerics(compute="bf16")
+    numerics = small.numerics(compute=compute)
     asked: dict[str, Any] = {}
     parameter = Module.parameter
 
@@ -326,7 +327,7 @@ def test_weights_travel_in_the_types_that_modules_compute_with(
     monkeypatch.setattr(Module, "parameter", noted)
     model = small.config()
     boxed = jax.eval_shape(
-        lambda: Transformer(*small.parts(model, compute="bf16")).init(
+        lambda: Transformer(*small.parts(model, compute=compute)).init(
             jax.random.key(0), jnp.zeros((1, 9), jnp.int32), ahead=1
         )
     )
@@ -337,7 +338,8 @@ def test_weights_travel_in_the_types_that_modules_compute_with(
     for name in names - by_use:
         assert type_of(f"['moe_layers']['{name}']", numerics) == asked[name], name
     assert asked["gate"] == asked["norm"] == jnp.float32
-    assert asked["o_proj"] == jnp.bfloat16
+    assert asked["eh_proj"] == jnp.bfloat16
+    assert asked["o_proj"] == (jnp.float32 if compute == "fp8" else jnp.bfloat16)
 
 
 @pytest.mark.parametrize("collective", ["ppermute over expert", "psum over pipe"])

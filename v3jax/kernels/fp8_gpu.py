@@ -116,8 +116,8 @@ def m_grouped_nt(
             @pl.when(expert >= 0)
             def _() -> None:
                 operands = (_rows(a, mi), _rows(b.at[expert], ni), scales_a.at[:, _at(mi)])
-                of_b = lambda step: scales_b[expert, ni, step]  # noqa: E731
-                multiply(_Tile(operands, _corner(out, mi, ni), of_b=of_b))
+                corner = _corner(out, mi, ni)
+                multiply(_Tile(operands, corner, of_b=lambda step: scales_b[expert, ni, step]))
 
         _walk(kernel_run, (a, b.at[0], scales_a), _grid(1, shape), tile, dtype)
 
@@ -256,16 +256,20 @@ def _walk(
 
 
 def _call(kernel: Callable[..., None], result: Any, run: Run, name: str) -> Any:
+    return call(kernel, result, run, name, num_threads=_GROUPS + 1, thread_name="warpgroup")
+
+
+def call(kernel: Callable[..., None], result: Any, run: Run, name: str, **threads: Any) -> Any:
+    """The function of arrays that a kernel over all multiprocessors, the axis `sm`, computes."""
     return plgpu.kernel(
         kernel,
         out_type=result,
         grid=(run.n_programs,),
         grid_names=("sm",),
-        num_threads=_GROUPS + 1,
-        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=run.interpret,
         kernel_name=name,
+        **threads,
     )
 
 

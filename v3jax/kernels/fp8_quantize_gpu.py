@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from v3jax.kernels.fp8_gpu import BLOCK, Run
+from v3jax.kernels.fp8_gpu import BLOCK, Run, call
 
 _ROWS = 64
 _LARGEST = 448.0
@@ -94,13 +94,8 @@ def _by_rows(
                     plgpu.copy_gmem_to_smem(ref.at[at], row_gates, bar)
                 plgpu.barrier_wait(bar)
                 numbers = load(parts, row_gates if gate_refs else None)
-                scale = _scales(jnp.max(jnp.abs(numbers), axis=1), power_of_two, floor)
-                codes[...] = _codes(numbers, lax.broadcast_in_dim(scale, numbers.shape, [0]))
-                scales[...] = scale
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(codes, codes_ref.at[at, pl.ds(ki * BLOCK, BLOCK)])
-                plgpu.copy_smem_to_gmem(scales, scales_ref.at[ki, at])
-                plgpu.wait_smem_to_gmem(0)
+                to = codes_ref.at[at, pl.ds(ki * BLOCK, BLOCK)], scales_ref.at[ki, at]
+                _leave(numbers, power_of_two, floor, (codes, scales), to)
 
             pl.run_scoped(
                 scope,
@@ -115,7 +110,7 @@ def _by_rows(
         jax.ShapeDtypeStruct((n_rows, width), jnp.float8_e4m3fn),
         jax.ShapeDtypeStruct((width // BLOCK, n_rows), jnp.float32),
     )
-    codes, scales = _call(kernel, result, run, name)(*given)
+    codes, scales = call(kernel, result, run, name)(*given)
     return codes, scales.T
 
 
@@ -140,13 +135,8 @@ def columns(
                     x.T,
                     layout=_LAYOUT,
                 ).astype(jnp.float32)
-                scale = _scales(jnp.max(jnp.abs(numbers), axis=1), power_of_two, floor)
-                codes[...] = _codes(numbers, lax.broadcast_in_dim(scale, numbers.shape, [0]))
-                scales[...] = scale
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(codes, codes_ref.at[at, pl.ds(ni * BLOCK, BLOCK)])
-                plgpu.copy_smem_to_gmem(scales, scales_ref.at[ni, at])
-                plgpu.wait_smem_to_gmem(0)
+                to = codes_ref.at[at, pl.ds(ni * BLOCK, BLOCK)], scales_ref.at[ni, at]
+                _leave(numbers, power_of_two, floor, (codes, scales), to)
 
             pl.run_scoped(
                 scope,
@@ -160,8 +150,26 @@ def columns(
         jax.ShapeDtypeStruct((width, n_rows), jnp.float8_e4m3fn),
         jax.ShapeDtypeStruct((n_rows // BLOCK, width), jnp.float32),
     )
-    codes, scales = _call(kernel, result, run, "fp8_quantize_columns")(x_NK)
+    codes, scales = call(kernel, result, run, "fp8_quantize_columns")(x_NK)
     return codes, scales.T
+
+
+def _leave(
+    numbers: jax.Array,
+    power_of_two: bool,
+    floor: float,
+    places: tuple[Any, Any],
+    to: tuple[Any, Any],
+) -> None:
+    """Quantises a tile's rows and takes codes and scales from their places to memory."""
+    scale = _scales(jnp.max(jnp.abs(numbers), axis=1), power_of_two, floor)
+    codes, scales = places
+    codes[...] = _codes(numbers, lax.broadcast_in_dim(scale, numbers.shape, [0]))
+    scales[...] = scale
+    plgpu.commit_smem()
+    for place, target in zip(places, to, strict=True):
+        plgpu.copy_smem_to_gmem(place, target)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _scales(peak: jax.Array, power_of_two: bool, floor: float) -> jax.Array:
@@ -175,15 +183,3 @@ def _scales(peak: jax.Array, power_of_two: bool, floor: float) -> jax.Array:
 def _codes(numbers: jax.Array, scales: jax.Array) -> jax.Array:
     clipped = jnp.clip(numbers / scales, -_LARGEST, _LARGEST)
     return plgpu.layout_cast(clipped, _LAYOUT).astype(jnp.float8_e4m3fn)
-
-
-def _call(kernel: Callable[..., None], result: Any, run: Run, name: str) -> Any:
-    return plgpu.kernel(
-        kernel,
-        out_type=result,
-        grid=(run.n_programs,),
-        grid_names=("sm",),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=run.interpret,
-        kernel_name=name,
-    )
