@@ -29,6 +29,7 @@ from v3jax.ops.fp8.quantize import (
     Quantized,
     dequantize,
     quantize,
+    transposed,
     unpack_e5m6,
 )
 from v3jax.ops.norm import swiglu, swiglu_gradient
@@ -95,7 +96,7 @@ def _by_rows(x: jax.Array, cfg: Fp8Config, power_of_two: bool, floor: float) -> 
 def _by_columns(x_NI: jax.Array, cfg: Fp8Config, power_of_two: bool, floor: float) -> Quantized:
     """Tiles of a column's rows, transposed."""
     if not _kernel_takes(cfg, x_NI.shape[1], x_NI.shape[0]):
-        return _transposed(quantize(x_NI, (cfg.tile, 1), power_of_two=power_of_two, floor=floor))
+        return transposed(quantize(x_NI, (cfg.tile, 1), power_of_two=power_of_two, floor=floor))
     return Quantized(*fp8_quantize_gpu.columns(x_NI, power_of_two=power_of_two, floor=floor))
 
 
@@ -109,10 +110,6 @@ def recipe(cfg: Fp8Config, *, exact: bool = False, exact_gradient: bool = False)
     """The recipe of a map whose x, or dy, the report gives scales that are powers of two."""
     every, some = cfg.power_of_two == "all", cfg.power_of_two == "report"
     return Recipe(cfg, every or (some and exact), every or (some and exact_gradient))
-
-
-def _transposed(q: Quantized) -> Quantized:
-    return jax.tree.map(lambda x: x.swapaxes(-1, -2), q)
 
 
 def named(q: Any, name: str) -> Any:
@@ -175,7 +172,7 @@ def _flat(q: Quantized) -> Quantized:
 
 
 def _product(how: Recipe, x: Quantized, w_IO: jax.Array, dtype: Any) -> jax.Array:
-    return gemm.gemm_nt(x, _transposed(how.of_weight(w_IO)), how.cfg, dtype)
+    return gemm.gemm_nt(x, transposed(how.of_weight(w_IO)), how.cfg, dtype)
 
 
 def _input_gradient(how: Recipe, dy_NO: jax.Array, w_IO: jax.Array, dtype: Any) -> jax.Array:
@@ -259,7 +256,7 @@ _grouped_linear.defvjp(_grouped_linear_fwd, _grouped_linear_bwd)
 def _grouped_product(
     how: Recipe, x: Quantized, w_EIO: jax.Array, blocks: Blocks, dtype: Any
 ) -> jax.Array:
-    w = _transposed(how.of_weight(w_EIO))
+    w = transposed(how.of_weight(w_EIO))
     return gemm.m_grouped_nt(x, w, blocks, how.cfg, dtype)
 
 
