@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SAYS = {
     "balancing": "95% interval|±",  # over seeds
+    "fp8": r"fp8: within \d",
     "mtp": "95% interval|±",
     "pipeline": r"\b(\d+) of \1 schedules have",  # the report's bubble and peak
 }

@@ -276,44 +276,66 @@ def added(spec: P, place: P) -> tuple[int, tuple[str, ...]] | None:
     return None
 
 
-def gather(x: jax.Array, spec: P, place: P, rules: ShardingRules, dtype: Any = None) -> jax.Array:
+def gather(
+    x: jax.Array,
+    spec: P,
+    place: P,
+    rules: ShardingRules,
+    dtype: Any = None,
+    join: "Join | None" = None,
+) -> jax.Array:
     """A stored part made whole as far as `spec` asks, in the type `dtype` if one is given.
 
-    It travels in that type; its gradient is added up in the type of `x`, and split again.
+    It travels in that type, or as `join` has it; its gradient is added up in the type of `x`, and
+    split again.
     """
     extra = added(spec, place)
     if extra is None:
         return x if dtype is None else x.astype(dtype)
-    return _gather(x, *extra, rules.deterministic, jnp.dtype(dtype or x.dtype))
+    return _gather(x.dtype, jnp.dtype(dtype or x.dtype), *extra, rules.deterministic, join, x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gather(
-    x: jax.Array, dim: int, axes: tuple[str, ...], deterministic: bool, dtype: jnp.dtype
-) -> jax.Array:
+def joined(x: jax.Array, dim: int, axes: tuple[str, ...]) -> jax.Array:
+    """All devices' parts of a dimension that these mesh axes split, in `jax.shard_map`."""
     # One axis after the other, innermost first: the same bytes, and on a torus each is a ring. XLA
     # for TPU makes a sum of zeros and parts, twice the bytes, of a gather over a whole 3-D torus.
-    x = x.astype(dtype)
     for axis in reversed(axes):
         x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
     return x
 
 
-def _gather_fwd(
-    x: jax.Array, dim: int, axes: tuple[str, ...], deterministic: bool, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
-    return _gather(x, dim, axes, deterministic, dtype), jnp.zeros((), x.dtype)
+Join = Callable[[jax.Array, int, tuple[str, ...]], jax.Array]
+"""`joined`, or something that gives nearly the same and sends less."""
 
 
-def _gather_bwd(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5))
+def _gather(
+    stored: jnp.dtype,
+    dtype: jnp.dtype,
     dim: int,
     axes: tuple[str, ...],
     deterministic: bool,
+    join: Join | None,
+    x: jax.Array,
+) -> jax.Array:
+    return joined(x.astype(dtype), dim, axes) if join is None else join(x, dim, axes).astype(dtype)
+
+
+def _gather_fwd(*arguments: Any) -> tuple[jax.Array, None]:
+    return _gather(*arguments), None
+
+
+def _gather_bwd(
+    stored: jnp.dtype,
     dtype: jnp.dtype,
-    stored: jax.Array,
+    dim: int,
+    axes: tuple[str, ...],
+    deterministic: bool,
+    join: Join | None,
+    residuals: None,
     dout: jax.Array,
 ) -> tuple[jax.Array]:
-    return (_reduce_scatter(dout.astype(stored.dtype), dim, axes, deterministic),)
+    return (_reduce_scatter(dout.astype(stored), dim, axes, deterministic),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

@@ -17,6 +17,8 @@ from v3jax.ops.fp8.quantize import (
     pack_e5m6,
     quantize,
     scales_of,
+    to_e4m3,
+    transposed,
     unpack_e5m6,
 )
 
@@ -80,6 +82,29 @@ def test_qwix_finds_the_same(tile: tuple[int, ...], tiled: dict[int, int], dtype
     spread = np.kron(same, np.ones(side, bool)).astype(bool)
     assert spread.mean() > 0.5
     np.testing.assert_array_equal(bits(ours.codes)[spread], bits(theirs.qvalue)[spread])
+
+
+def test_casts_are_those_of_ml_dtypes() -> None:
+    """Every code, the middles between neighbours and what lies just beside both; NaN, infinity."""
+    codes = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    exact = np.concatenate([codes, (codes[1:] + codes[:-1]) / 2])
+    near = [np.nextafter(exact, np.float32(side)) for side in (-np.inf, np.inf)]
+    x = np.concatenate(
+        [exact, *near, np.array([1e-30, 2**-10, 464, 1e30, np.inf, np.nan], np.float32)]
+    )
+    x = np.concatenate([x, -x, np.random.default_rng(0).standard_normal(9999).astype(np.float32)])
+    wanted = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    got = np.asarray(jax.jit(to_e4m3)(x))
+    number = ~np.isnan(x)
+    np.testing.assert_array_equal(bits(got)[number], bits(wanted)[number])
+    assert np.isnan(got[~number].astype(np.float32)).all()
+
+
+def test_transposed_codes_are_the_same_numbers() -> None:
+    q = quantize(jnp.asarray(sample((2, 130, 300))), (128, 128))
+    flipped = jax.jit(transposed)(q)
+    np.testing.assert_array_equal(bits(flipped.codes), bits(q.codes).swapaxes(-1, -2))
+    np.testing.assert_array_equal(flipped.scales, np.asarray(q.scales).swapaxes(-1, -2))
 
 
 def test_values_beyond_the_largest_code_are_clipped() -> None:

@@ -4,6 +4,7 @@ Parameters carry the names of the public checkpoint; matrices are stored `[in, o
 cast to the compute type at use. Dims: D features, F hidden width.
 """
 
+import functools
 from typing import Any, cast
 
 import jax
@@ -13,8 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from v3jax.config import Fp8Config, ModelConfig, NumericsConfig
 from v3jax.ops.fp8 import linear
+from v3jax.ops.fp8.weights import joined_blocks
 from v3jax.ops.norm import swiglu
-from v3jax.sharding import ShardingRules, added, gather, manual_axes, stored
+from v3jax.sharding import Join, ShardingRules, added, gather, manual_axes, stored
 
 
 def compute_dtype(numerics: NumericsConfig) -> jnp.dtype:
@@ -53,7 +55,12 @@ def type_of(name: str, numerics: NumericsConfig) -> jnp.dtype:
 
 
 def whole(
-    value: jax.Array, shape: tuple[int, ...], dtype: Any, rules: ShardingRules, *axes: str | None
+    value: jax.Array,
+    shape: tuple[int, ...],
+    dtype: Any,
+    rules: ShardingRules,
+    *axes: str | None,
+    join: Join | None = None,
 ) -> jax.Array:
     """A parameter of this shape and logical axes in the type it is computed with, of which a device
     holds a part under `fsdp`."""
@@ -61,7 +68,7 @@ def whole(
         return value.astype(dtype)
     spec = rules.spec(*axes)
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    return gather(value, spec, stored(spec, shape, sizes, rules), rules, dtype)
+    return gather(value, spec, stored(spec, shape, sizes, rules), rules, dtype, join)
 
 
 def columns_of(shape: tuple[int, ...], rules: ShardingRules, *axes: str | None) -> tuple[str, ...]:
@@ -80,19 +87,25 @@ class Module(nn.Module):
     rules: ShardingRules
 
     def parameter(
-        self, name: str, init: Any, shape: tuple[int, ...], *axes: str | None, dtype: Any = None
+        self,
+        name: str,
+        init: Any,
+        shape: tuple[int, ...],
+        *axes: str | None,
+        dtype: Any = None,
+        join: Join | None = None,
     ) -> jax.Array:
         """A parameter, stored in the master type, in `dtype` (the master type by default).
 
         Inside `jax.shard_map` its experts are the device's own, and what `fsdp` stores in parts is
-        gathered here.
+        gathered here, as `join` has it.
         """
         master = master_dtype(self.numerics)
         dtype = dtype or master
         if self.is_initializing() or not manual_axes():
             return self.param(name, self.rules.init(init, *axes), shape, master).astype(dtype)
         value = cast(jax.Array, self.get_variable("params", name))  # flax would ask for the whole
-        return whole(value, shape, dtype, self.rules, *axes)
+        return whole(value, shape, dtype, self.rules, *axes, join=join)
 
     def matrix(self, name: str, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
         """A weight drawn from a normal of `init_std` (report section 4.2), in the compute type."""
@@ -100,9 +113,11 @@ class Module(nn.Module):
         return self.parameter(name, init, shape, *axes, dtype=compute_dtype(self.numerics))
 
     def weight(self, name: str, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
-        """The same for `product` and its like: in FP8 runs the master."""
-        init = nn.initializers.normal(self.cfg.init_std)
-        return self.parameter(name, init, shape, *axes, dtype=weight_dtype(self.numerics))
+        """The same for `product` and its like: in FP8 runs the master, or what its codes say."""
+        init, fp8 = nn.initializers.normal(self.cfg.init_std), fp8_of(self.numerics)
+        join = None if fp8 is None else functools.partial(joined_blocks, fp8.block)
+        dtype = weight_dtype(self.numerics)
+        return self.parameter(name, init, shape, *axes, dtype=dtype, join=join)
 
     def product(self, x: jax.Array, w_IO: jax.Array) -> jax.Array:
         """`x w` of a linear map, `[..., I] x [I, O]`."""

@@ -55,13 +55,23 @@ def quantize(
     `(tile,)` or `(1, tile)` for `1 x tile`, `(tile, 1)` for `tile x 1`, `(block, block)`.
     """
     with jax.named_scope("quantize"):
-        parts, inner = _tiled(x, tile)
-        peak = jnp.max(jnp.abs(parts), axis=inner, keepdims=True)
-        scales = scales_of(peak, power_of_two=power_of_two, floor=floor)
+        scales = scales_of(peaks_of(x, tile), power_of_two=power_of_two, floor=floor)
         if kernels.platform() == "cpu":  # where XLA would find them anew for each number
             scales = jax.lax.optimization_barrier(scales)
-        codes = to_e4m3(parts.astype(jnp.float32) / scales)
-        return Quantized(_whole(codes, inner, x.shape), scales.squeeze(inner))
+        return with_scales(x, scales, tile)
+
+
+def peaks_of(x: jax.Array, tile: tuple[int, ...]) -> jax.Array:
+    """The largest magnitude of each tile, in x's type."""
+    parts, inner = _tiled(x, tile)
+    return jnp.max(jnp.abs(parts), axis=inner)
+
+
+def with_scales(x: jax.Array, scales: jax.Array, tile: tuple[int, ...]) -> Quantized:
+    """`x` over the scale of its tile."""
+    parts, inner = _tiled(x, tile)
+    codes = to_e4m3(parts.astype(jnp.float32) / jnp.expand_dims(scales, inner))
+    return Quantized(_whole(codes, inner, x.shape), scales)
 
 
 def to_e4m3(x: jax.Array) -> jax.Array:
