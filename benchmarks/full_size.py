@@ -1,6 +1,7 @@
 """The full-size step, compiled for pods that are not here, and MaxText's beside it.
 
     python -m benchmarks.full_size --tpu-python=PYTHON --cuda-python=PYTHON      # the layouts
+    python -m benchmarks.full_size --parts=piped,fp8 --tpu-python=PYTHON --cuda-python=PYTHON
     python -m benchmarks.full_size --parts=recompute --tpu-python=PYTHON --cuda-python=PYTHON
     python -m benchmarks.full_size --parts=step,layer --tpu-python=PYTHON --maxtext=DIR
     python -m benchmarks.full_size --parts=readme        # what is in results, as the README has it
@@ -8,8 +9,8 @@
 What each part finds is also written to benchmarks/results, with the command.
 
 `layouts`: every layout of `v3_full` without stages through `v3jax.aot`, `piped`: `v3_full` itself
-for H100 and v5p. `recompute`: memory and work of a device
-under each `numerics.remat`. `step`: MaxText 0.2.5's own recipe for DeepSeek-V3 on 512 TPU v5p (FSDP
+for H100 and v5p, `fp8`: both for H100 in FP8. `recompute`: memory and work of a device under each
+`numerics.remat`. `step`: MaxText 0.2.5's own recipe for DeepSeek-V3 on 512 TPU v5p (FSDP
 512, sequence 8192, 6 sequences a chip; without MTP, bias update, node-limited routing or balance
 loss) against `v3_full_v5p` with the same tokens a chip and all of them. `layer`: what one MoE layer
 of V3's widths adds to XLA's estimate on 64 v5p with 4 x 4096 tokens a chip and full recompute, as
@@ -38,7 +39,9 @@ from v3jax.aot.hlo import parse
 from v3jax.aot.report import table
 from v3jax.aot.targets import GIB
 
-_PARTS = flags.DEFINE_list("parts", ["layouts"], "layouts, piped, recompute, step, layer, readme.")
+_PARTS = flags.DEFINE_list(
+    "parts", ["layouts"], "layouts, piped, fp8, recompute, step, layer, readme."
+)
 _ONLY = flags.DEFINE_list("only", [], "Names of layouts, or chips of `piped`; default all.")
 _TPU = flags.DEFINE_string("tpu-python", "python", "Python of an environment with extra tpu.")
 _CUDA = flags.DEFINE_string("cuda-python", "python", "Python of an environment with extra cuda.")
@@ -54,6 +57,12 @@ LAYOUTS = {
 }
 PIPED = {"h100": "gpu:h100:256x8", "v5p": "tpu:v5p:8x16x16"}
 """What `v3_full` itself, through its pipeline, is compiled for."""
+FP8 = {
+    "v3_full_pipe_h100": ("v3_full", ()),
+    "v3_full_h100": ("v3_full_h100", ("numerics.remat=report",)),
+}
+"""What is compiled in FP8 too, by the name of its results in BF16. Without stages the report's own
+choice of what is recomputed fits."""
 THEIR_FLAGS = Path(__file__).parent / "maxtext_flags.txt"
 """Of MaxText's recipe `deepseek3_671b_v5p_1024`, but for one that this libtpu does not know."""
 
@@ -73,9 +82,22 @@ def print_piped() -> None:
         _print_layout("v3_full", PIPED[name], f"v3_full_pipe_{name}")
 
 
-def _print_layout(exp: str, target: str, name: str) -> None:
-    report = ours(exp, (), targets.parse(target), estimate=True)
-    keep(name, f"python -m v3jax.aot --exp={exp} --target={target} --json", report)
+def print_fp8() -> None:
+    """The same in FP8 for H100."""
+    for name in _ONLY.value or FP8:
+        exp, settings = FP8[name]
+        settings = ("numerics.compute=fp8", *settings)
+        _print_layout(exp, PIPED["h100"], _in_fp8(name), settings)
+
+
+def _in_fp8(name: str) -> str:
+    return name.replace("_h100", "_fp8_h100")
+
+
+def _print_layout(exp: str, target: str, name: str, settings: Sequence[str] = ()) -> None:
+    report = ours(exp, settings, targets.parse(target), estimate=True)
+    told = "".join(f" --set {setting}" for setting in settings)
+    keep(name, f"python -m v3jax.aot --exp={exp} --target={target} --json{told}", report)
     print(f"{table(report)}\n", flush=True)
 
 
@@ -390,6 +412,10 @@ def print_readme() -> None:
     rows.insert(-3, ["idle in the pipeline", *(f"{r['idle_share']:.1%}" for r in piped)])
     print()
     print(markdown(["`v3_full`, pipe=16", *PIPED], [*rows, *_exchange_rows(piped)]))
+    both = [kept(n) for name in FP8 for n in (name, _in_fp8(name))]
+    columns = [f"`{exp}` {kind}" for exp, _ in FP8.values() for kind in ("BF16", "FP8")]
+    print()
+    print(markdown(["h100", *columns], [*_layout_rows(both)[2:], *_fp8_rows(both)]))
     steps, layers, recompute = (kept(name) for name in ("step", "layer", "recompute"))
     print()
     print(
@@ -500,11 +526,24 @@ def _exchange_rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def _fp8_rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Calls of FP8 kernels in a step of a device."""
+    rows = []
+    for label, marks in (("products", ("_nt",)), ("quantisations", ("quantize",))):
+        told = []
+        for report in reports:
+            mine = [k for k in report["kernels"] if k["name"].startswith("fp8_")]
+            told.append(sum(k["count"] for k in mine if any(m in k["name"] for m in marks)))
+        rows.append([f"FP8 {label} by kernels", *(f"{n:,}" for n in told)])
+    return rows
+
+
 def main(argv: list[str]) -> None:
     del argv
     parts = {
         "layouts": print_layouts,
         "piped": print_piped,
+        "fp8": print_fp8,
         "recompute": print_recompute,
         "step": print_step,
         "layer": print_layer,
