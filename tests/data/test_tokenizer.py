@@ -13,6 +13,7 @@ import pytest
 
 from tests.data import small
 from v3jax.config import SourceConfig
+from v3jax.data.bulk import encoder_of
 from v3jax.data.sources import read
 from v3jax.data.tokenizer import SPLITS, Tokenizer, load_tokenizer, train_tokenizer
 
@@ -276,3 +277,45 @@ def test_a_tokenizer_without_the_needed_tokens_is_named(tokenizer: Tokenizer) ->
 def test_text_that_is_no_unicode_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="not valid Unicode"):
         tokenizer.encode("a\udc80b")
+
+
+# ---- Much text
+
+
+def test_much_text_has_the_ids_of_little(tokenizer: Tokenizer) -> None:
+    """By tiktoken where it is installed; runs that are too long for it go the other way."""
+    some = [d.text for _, d in zip(range(60), read(sources()[0]), strict=False)]
+    some += ["x" * 60_000, " " * 60_000, "a b " * 40_000, ""]
+    assert sum(map(len, some)) > 100_000
+    assert tokenizer.encode_batch(some) == [tokenizer.encode_batch([text])[0] for text in some]
+    for i, ids in enumerate(tokenizer.encode_batch(some)):
+        assert tokenizer.decode(ids) == some[i]
+
+
+def test_much_text_that_is_no_unicode_is_one_line(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        tokenizer.encode_batch(["a" * 200_000, "b\ud800"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}},
+    ],
+    ids=["normalizer", "no splits", "other splits"],
+)
+def test_another_kind_of_tokenizer_is_not_encoded_in_bulk(
+    tokenizer: Tokenizer, change: dict[str, Any]
+) -> None:
+    pytest.importorskip("tiktoken", reason="needs the extra data: tiktoken")
+    assert encoder_of(tokenizer.text, SPLITS, tokenizer.token_bytes) is not None
+    other = json.dumps(json.loads(tokenizer.text) | change)
+    assert encoder_of(other, SPLITS, tokenizer.token_bytes) is None
+
+
+def test_merges_that_make_no_ascending_ids_are_not_encoded_in_bulk(tokenizer: Tokenizer) -> None:
+    spec = json.loads(tokenizer.text)
+    spec["model"]["merges"].reverse()
+    assert encoder_of(json.dumps(spec), SPLITS, tokenizer.token_bytes) is None

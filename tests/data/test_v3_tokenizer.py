@@ -1,6 +1,8 @@
 """The V3 family's tokenizer read by ours: the released ids, and Hugging Face's on any text."""
 
+import contextlib
 import importlib.util
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 
 from tests.data import small
-from v3jax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from v3jax.data.bulk import BulkEncoder, encoder_of
+from v3jax.data.tokenizer import SPLITS, StreamDecoder, Tokenizer, load_tokenizer
 
 
 def released_folder() -> Path:
@@ -285,3 +288,29 @@ def test_a_character_that_never_ends_is_flushed_as_a_replacement(tokenizer: Toke
 def test_text_that_is_no_unicode_is_refused_with_controls_too(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="not valid Unicode"):
         tokenizer.encode_with_controls("a\udc80<｜User｜>")
+
+
+@pytest.fixture(scope="module")
+def bulk(tokenizer: Tokenizer) -> BulkEncoder:
+    pytest.importorskip("tiktoken", reason="needs the extra data: tiktoken")
+    found = encoder_of(tokenizer.text, SPLITS, tokenizer.token_bytes)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("kind", [*ALPHABETS, "mixed"])
+def test_bulk_ids_are_hugging_faces(tokenizer: Tokenizer, bulk: BulkEncoder, kind: str) -> None:
+    some = list(texts(kind, 400, seed=1))
+    for text, ids in zip(some, tokenizer.encode_batch(some), strict=True):
+        assert bulk.encode(text) == ids, repr(text)
+
+
+def test_bulk_ids_of_every_token_are_hugging_faces(tokenizer: Tokenizer, bulk: BulkEncoder) -> None:
+    """What two tokens join to does not depend on how the merges were written down."""
+    some = []
+    for raw in tokenizer.token_bytes[3::7]:
+        with contextlib.suppress(UnicodeDecodeError):
+            some.append(raw.decode())
+    assert len(some) > 15_000
+    plain = [ids for part in itertools.batched(some, 1000) for ids in tokenizer.encode_batch(part)]
+    assert [bulk.encode(text) for text in some] == plain
