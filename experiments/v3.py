@@ -181,6 +181,7 @@ def scaled_to(cfg: ExperimentConfig, total_tokens: float) -> ExperimentConfig:
         balance=replace(
             cfg.balance, bias_speed=tuple((until * scale, v) for until, v in cfg.balance.bias_speed)
         ),
+        data=replace(cfg.data, mixture=tuple((until * scale, w) for until, w in cfg.data.mixture)),
         mtp_weight=tuple((until * scale, v) for until, v in cfg.mtp_weight),
         run=replace(cfg.run, total_tokens=total_tokens),
     )

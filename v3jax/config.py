@@ -326,14 +326,35 @@ class DataConfig:
     text_field: str = "text"
     synthetic: bool = False
     isolate_documents: bool = False
+    mixture: tuple[tuple[float, tuple[float, ...]], ...] = ()
+    """Weights of all sources up to so many tokens, one entry a phase, the last without end; empty:
+    each source's own `weight` throughout."""
 
     def __post_init__(self) -> None:
+        _check_mixture(self)
         _require(self.seq_len > 0, "data.seq_len", "must be positive")
         _require(0 <= self.fim_rate <= 1, "data.fim_rate", "must be within 0..1")
         _require(
             0 <= self.newline_split_rate <= 1, "data.newline_split_rate", "must be within 0..1"
         )
         _require(0 < self.heldout_fraction < 1, "data.heldout_fraction", "must be between 0 and 1")
+
+
+def _check_mixture(data: DataConfig) -> None:
+    before = 0.0
+    for until_tokens, weights in data.mixture:
+        _require(until_tokens > before, "data.mixture", "phases must end one after the other")
+        _require(
+            all(w >= 0 for w in weights) and any(weights),
+            "data.mixture",
+            "weights must not be negative, nor all zero",
+        )
+        if data.path is None:
+            n_sources = len(data.sources)
+            _require(
+                len(weights) == n_sources, "data.mixture", f"give {n_sources} weights, one a source"
+            )
+        before = until_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import grain
 import numpy as np
 import pytest
 
@@ -56,6 +57,43 @@ def test_sources_are_drawn_in_the_ratio_of_their_weights(
     for n in (len(drawn) // 3, len(drawn)):
         counts = np.bincount(drawn[:n], minlength=3)
         assert np.abs(counts - n * np.array(weights) / sum(weights)).max() <= 2
+
+
+def test_a_mixture_changes_where_it_should_and_no_row_is_drawn_twice(home: Path) -> None:
+    """A source goes on where the phase before left it; one without weight waits."""
+    mixture = ((40 * 32.0, (0.5, 0.5, 0.0)), (70 * 32.0, (0.1, 0.1, 0.8)), (1e9, (0.0, 0.5, 0.5)))
+    cfg, dataset = opened(home, sources=three_sources(home))
+    cfg = replace(cfg, data=replace(cfg.data, mixture=mixture))
+    source_of = {row.tobytes(): k for k, rows in enumerate(dataset.train) for row in rows.tokens_NS}
+    order = loader._mixture(cfg, dataset)
+    rows = [order[i][0].tobytes() for i in range(100)]
+    drawn = [source_of[row] for row in rows]
+    for (first, last), counts in {(0, 40): (20, 20, 0), (40, 70): (3, 3, 24)}.items():
+        assert np.abs(np.bincount(drawn[first:last], minlength=3) - counts).max() <= 1
+    assert 0 not in drawn[70:]
+    for k, source in enumerate(dataset.train):
+        mine = [row for row, where in zip(rows, drawn, strict=True) if where == k]
+        epochs = [mine[i : i + len(source)] for i in range(0, len(mine), len(source))]
+        assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
+    again = loader._mixture(cfg, dataset)
+    assert [again[i][0].tobytes() for i in (99, 3, 55, 40, 39)] == [
+        rows[i] for i in (99, 3, 55, 40, 39)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        (((10.0, (1.0, 1.0)),), "give 3 weights"),
+        (((10.0, (1.0, 1.0, 1.0)), (10.0, (1.0, 1.0, 1.0))), "one after the other"),
+        (((10.0, (0.0, 0.0, 0.0)),), "nor all zero"),
+        (((10.0, (2.0, -1.0, 0.0)),), "must not be negative"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_one_line(home: Path, mixture: Any, message: str) -> None:
+    cfg, _ = opened(home, sources=three_sources(home))
+    with pytest.raises(ValueError, match=message):
+        replace(cfg.data, mixture=mixture)
 
 
 def test_an_epoch_holds_every_row_once_and_the_next_is_in_another_order(home: Path) -> None:
@@ -116,10 +154,19 @@ def test_processes_read_their_rows_of_the_same_order(home: Path, held: list[int]
     assert part.get_state() == {"sequences": part.sequences, "digest": dataset.digest}
 
 
+def grain_mixture(cfg: ExperimentConfig, dataset: Dataset) -> Any:
+    """Grain's own mixture of the same sources."""
+    sources = [
+        grain.MapDataset.source(rows).seed(cfg.run.seed + i).shuffle().repeat()
+        for i, rows in enumerate(dataset.train)
+    ]
+    return grain.MapDataset.mix(sources, weights=list(dataset.weights))
+
+
 def test_the_order_is_that_of_the_mixture_cut_into_batches(home: Path) -> None:
     """As it was when an iterator of grain's held the position."""
     cfg, dataset = opened(home)
-    stacked = iter(loader._mixture(cfg, dataset).batch(2, drop_remainder=True).to_iter_dataset())
+    stacked = iter(grain_mixture(cfg, dataset).batch(2, drop_remainder=True).to_iter_dataset())
     for batch in batches(cfg, dataset, 40):
         for m in range(batch.n_micro):
             tokens, segments = next(stacked)

@@ -56,6 +56,19 @@ def encode_document(
     return next(encode_documents(tokenizer, [text], seed=seed, **rates))
 
 
+def from_ids(
+    tokenizer: Tokenizer, ids: np.ndarray, *, seed: int, fim_rate: float, newline_split_rate: float
+) -> np.ndarray:
+    """What `encode_document` gives for the text of these ids, `<eos>` at their end."""
+    plain = ids[:-1].tolist()
+    text = tokenizer.decode(plain)
+    rng = _generator(seed, text)
+    parts = _parts(text, fim_rate, rng)
+    encoded = [plain] if len(parts) == 1 else tokenizer.encode_batch(parts)
+    split = [tokenizer.split_newlines(part, newline_split_rate, rng) for part in encoded]
+    return np.array(_assemble(tokenizer, split), np.int32)
+
+
 def _generator(seed: int, text: str) -> np.random.Generator:
     digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))

@@ -1,11 +1,13 @@
 """Batches of rows: a mixture of sources that resumes bit for bit.
 
-Rows are drawn from the sources in the ratio of their weights, each source shuffled anew every
-epoch. Row `i` of that order can be read without those before it, so a position is the loader's
-whole state, and a process reads only the rows that its devices hold.
+Rows are drawn from the sources in the ratio of their weights, which may change on the way, each
+source shuffled anew every epoch. Row `i` of that order can be read without those before it, so a
+position is the loader's whole state, and a process reads only the rows that its devices hold.
 Dims: M micro-batches, B sequences of one, R of them here, S = T + 1 tokens of a row.
 """
 
+import bisect
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,6 @@ import numpy as np
 
 from v3jax.config import ExperimentConfig
 from v3jax.data.dataset import Dataset
-from v3jax.data.packing import Rows
 from v3jax.optim.schedules import batch_size
 
 
@@ -29,19 +30,6 @@ class HostBatch:
     tokens_MRS: np.ndarray
     segments_MRS: np.ndarray
     n_micro: int
-
-
-class _RowSource:
-    """Rows as a random-access source of (tokens, segments) pairs."""
-
-    def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows.tokens_NS)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.asarray(self._rows.tokens_NS[index]), np.asarray(self._rows.segments_NS[index])
 
 
 class _MicroBatches:
@@ -113,19 +101,83 @@ class Loader:
         return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-def _mixture(cfg: ExperimentConfig, dataset: Dataset) -> Any:
-    """The endless order of rows: drawn from the sources by weight, each shuffled every epoch."""
+class _Order:
+    """The endless order of rows, which any row can be read of without those before it."""
+
+    def __init__(
+        self, sources: Sequence[Any], phases: Sequence[tuple[int, Sequence[float]]]
+    ) -> None:
+        """`phases`: the first row of each and the sources' weights in it."""
+        self._sources = sources
+        self._first = [first for first, _ in phases]
+        self._drawn = [[_Drawn(s) for s, weight in enumerate(w) if weight] for _, w in phases]
+        self._selected = [
+            _mixed(drawn, [w for w in weights if w])
+            for drawn, (_, weights) in zip(self._drawn, phases, strict=True)
+        ]
+        self._before = [[0] * len(sources)]
+        for phase in range(len(phases) - 1):
+            length = self._first[phase + 1] - self._first[phase]
+            self._before.append(self._after(phase, length))
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        phase = bisect.bisect_right(self._first, index) - 1
+        source, number = self._selected[phase][index - self._first[phase]]
+        return self._sources[source][self._before[phase][source] + number]
+
+    def _after(self, phase: int, length: int) -> list[int]:
+        """Rows drawn of each source when so many rows of a phase are."""
+        counts = list(self._before[phase])
+        left = {drawn.source for drawn in self._drawn[phase]}
+        index = length
+        while left:  # the next of a source says how many there were
+            source, number = self._selected[phase][index]
+            if source in left:
+                counts[source] += number
+                left.remove(source)
+            index += 1
+        return counts
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Where a row lies: its source and the how manyeth of it that is drawn in a phase."""
+
+    source: int
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self.source, int(index)
+
+
+def _mixed(drawn: Sequence[_Drawn], weights: Sequence[float]) -> Any:
     import grain
 
+    sources = [grain.MapDataset.source(one) for one in drawn]
+    return grain.MapDataset.mix(sources, weights=list(weights))
+
+
+def _mixture(cfg: ExperimentConfig, dataset: Dataset) -> _Order:
+    """Rows drawn from the sources by weight, each shuffled every epoch."""
+    import grain
+
+    filled = [bool(len(rows)) for rows in dataset.train]
     sources = [
-        (
-            grain.MapDataset.source(_RowSource(rows)).seed(cfg.run.seed + i).shuffle().repeat(),
-            weight,
-        )
-        for i, (rows, weight) in enumerate(zip(dataset.train, dataset.weights, strict=True))
-        if len(rows.tokens_NS)
+        grain.MapDataset.source(rows).seed(cfg.run.seed + i).shuffle().repeat() if some else None
+        for i, (rows, some) in enumerate(zip(dataset.train, filled, strict=True))
     ]
-    return grain.MapDataset.mix([s for s, _ in sources], weights=[w for _, w in sources])
+
+    def of_filled(weights: Sequence[float]) -> list[float]:
+        return [w if some else 0.0 for w, some in zip(weights, filled, strict=True)]
+
+    phases, first = [], 0
+    for until_tokens, weights in cfg.data.mixture or ((math.inf, dataset.weights),):
+        phases.append((first, of_filled(weights)))
+        if until_tokens != math.inf:
+            first = int(until_tokens / cfg.data.seq_len)
+    return _Order(sources, phases)
 
 
 def make_loader(

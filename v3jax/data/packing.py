@@ -10,11 +10,31 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import batched
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 _INDEX = "rows.json"
+_WINDOW = 2**20
+"""Documents that are packed together: what the bins of one window hold in memory."""
+
+
+class RowSource(Protocol):
+    """Rows in a fixed order, each read when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and segments of a row, int32 `[S]`."""
+        ...
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all of them, padding not counted."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -23,6 +43,17 @@ class Rows:
 
     tokens_NS: np.ndarray
     segments_NS: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens_NS)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.asarray(self.tokens_NS[index]), np.asarray(self.segments_NS[index])
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """Tokens in all of them, padding not counted."""
+        return int((self.segments_NS > 0).sum())
 
 
 @dataclass(frozen=True)
@@ -98,6 +129,76 @@ def pack(documents: Sequence[np.ndarray], capacity: int, pad: int) -> Rows:
             segments_NS[row, at:end] = segment
             at = end
     return Rows(tokens_NS, segments_NS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which pieces of documents make each row, P pieces in all."""
+
+    first_N: np.ndarray
+    """The first piece of every row and, last, their number: int64 `[N + 1]`."""
+    document_P: np.ndarray
+    """int64."""
+    start_P: np.ndarray
+    """The piece's first token in its document, int64."""
+    length_P: np.ndarray
+    """int32."""
+
+
+def make_plan(lengths: Sequence[int] | np.ndarray, capacity: int, window: int = _WINDOW) -> Plan:
+    """Rows of `capacity` tokens that hold every token of documents of these lengths exactly once.
+
+    As `pack` has it, for `window` documents at a time.
+    """
+    sizes, documents, starts, pieces = [], [], [], []
+    for first, part in enumerate(batched(np.asarray(lengths).tolist(), window)):
+        chunks = cut(part, capacity)
+        bins = best_fit([chunk.length for chunk in chunks], capacity)
+        order = [item for items in bins for item in items]
+        sizes += [len(items) for items in bins]
+        documents.append(np.array([chunks[i].document for i in order], np.int64) + first * window)
+        starts.append(np.array([chunks[i].start for i in order], np.int64))
+        pieces.append(np.array([chunks[i].length for i in order], np.int32))
+    joined = [np.concatenate(x) if x else np.zeros(0, np.int64) for x in (documents, starts)]
+    length_P = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+    return Plan(np.cumsum([0, *sizes]), *joined, length_P)
+
+
+class Documents(Protocol):
+    """Documents in a fixed order, each read when it is asked for."""
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Ids of a document, int32; none if it cannot be read."""
+        ...
+
+
+class PlannedRows:
+    """The rows of a plan, whose documents are read when a row is asked for."""
+
+    def __init__(self, documents: Documents, plan: Plan, capacity: int, pad: int) -> None:
+        self._documents, self._plan, self._capacity, self._pad = documents, plan, capacity, pad
+
+    def __len__(self) -> int:
+        return len(self._plan.first_N) - 1
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all of them, padding not counted."""
+        return int(self._plan.length_P.sum(dtype=np.int64))
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and segments of a row; the place of a document that cannot be read is padding."""
+        plan = self._plan
+        tokens_S = np.full(self._capacity, self._pad, np.int32)
+        segments_S = np.zeros(self._capacity, np.int32)
+        at = 0
+        for number, p in enumerate(range(plan.first_N[index], plan.first_N[index + 1]), start=1):
+            start, length = int(plan.start_P[p]), int(plan.length_P[p])
+            ids = self._documents[int(plan.document_P[p])][start : start + length]
+            tokens_S[at : at + len(ids)] = ids
+            segments_S[at : at + len(ids)] = number
+            at += length
+        return tokens_S, segments_S
 
 
 def write_rows(folder: Path, parts: dict[str, Rows], texts: dict[str, str] | None = None) -> None:
