@@ -329,6 +329,8 @@ class DataConfig:
     mixture: tuple[tuple[float, tuple[float, ...]], ...] = ()
     """Weights of all sources up to so many tokens, one entry a phase, the last without end; empty:
     each source's own `weight` throughout."""
+    max_corrupt: int = 10
+    """Documents of a prepared corpus that may turn out to be damaged before the run stops."""
 
     def __post_init__(self) -> None:
         _check_mixture(self)
@@ -671,6 +673,8 @@ def _parse(text: str, hint: Any, path: str) -> Any:
         return None
     if str in options:
         return text
+    if hint == tuple[SourceConfig, ...] and not text.startswith(("(", "[")):
+        return _parse_sources(text, path)
     for option in options:
         if typing.get_origin(option) is Literal:
             if text in typing.get_args(option):
@@ -689,6 +693,21 @@ def _parse(text: str, hint: Any, path: str) -> Any:
         if converted is not None:
             return converted
     raise ValueError(f"{path}={text}: expected {_type_name(hint)}, got {type(value).__name__}")
+
+
+def _parse_sources(text: str, path: str) -> tuple[SourceConfig, ...]:
+    """`PATH[:WEIGHT],...`: files, folders or sources of a prepared corpus, all of each."""
+    found = []
+    for item in text.split(","):
+        where, _, weight = item.rpartition(":") if ":" in item else (item, "", "1")
+        try:
+            share = float(weight)
+        except ValueError:
+            raise ValueError(f"{path}={text}: write PATH:WEIGHT,PATH:WEIGHT") from None
+        _require(bool(where), path, "write PATH:WEIGHT,PATH:WEIGHT")
+        name = where.rstrip("/").rpartition("/")[2]
+        found.append(SourceConfig(name=name, weight=share, max_mb=1e9, path=where.rstrip("/")))
+    return tuple(found)
 
 
 def _convert(value: Any, hint: Any) -> Any:

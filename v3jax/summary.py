@@ -12,6 +12,7 @@ from v3jax import decode, processes
 from v3jax.config import ExperimentConfig, MeshConfig
 from v3jax.data import baselines
 from v3jax.data.dataset import Dataset
+from v3jax.data.packing import Rows
 from v3jax.metrics import read_rows
 from v3jax.report import Sample, render
 from v3jax.sharding import make_mesh
@@ -19,6 +20,8 @@ from v3jax.state import TrainState
 
 _SAMPLE_PROMPTS = ("def ", "import numpy as np\n", "The ")
 _SAMPLE_TOKENS = 48
+_SAMPLED_ROWS = 2000
+"""Of a prepared source, for the baselines."""
 
 
 def write_samples(
@@ -104,6 +107,19 @@ def _closing_figures(
     return figures
 
 
+def _sample(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and segments of the training rows, of large sources some from all over."""
+    parts = []
+    for rows in dataset.train:
+        if isinstance(rows, Rows):
+            parts.append((rows.tokens_NS, rows.segments_NS))
+        else:
+            few = np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLED_ROWS)).astype(int)
+            parts += [tuple(row[None] for row in rows[int(i)]) for i in few]
+    tokens, segments = zip(*parts, strict=True)
+    return np.concatenate(tokens), np.concatenate(segments)
+
+
 def _compare(
     cfg: ExperimentConfig, dataset: Dataset, last: dict[str, float]
 ) -> list[tuple[str, float]]:
@@ -112,10 +128,7 @@ def _compare(
         return []
     n_rows = min(cfg.run.eval_sequences, len(dataset.heldout.tokens_NS))
     n_bytes, vocab = dataset.heldout_bytes(n_rows), cfg.model.vocab_size
-    train = baselines.pairs(
-        np.concatenate([r.tokens_NS for r in dataset.train]),
-        np.concatenate([r.segments_NS for r in dataset.train]),
-    )
+    train = baselines.pairs(*_sample(dataset))
     held = baselines.pairs(dataset.heldout.tokens_NS[:n_rows], dataset.heldout.segments_NS[:n_rows])
     unigram = baselines.bits_per_byte(baselines.unigram_nats(train, held, vocab), n_bytes)
     bigram = baselines.bits_per_byte(baselines.bigram_nats(train, held, vocab), n_bytes)

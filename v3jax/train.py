@@ -113,6 +113,8 @@ def run(
         # ---- Data: every process prepares or reads all rows and draws those of its devices.
         dataset = open_dataset(cfg)
         processes.agree({"the data's digest": dataset.digest})
+        if dataset.quarantine is not None:
+            dataset.quarantine.keep_in(workdir / f"quarantine-{jax.process_index()}.jsonl")
         feed = Feed(cfg, mesh)
         loader = make_loader(cfg, dataset, feed.rows)
         total_steps = n_steps(cfg)

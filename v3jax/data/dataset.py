@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,9 @@ import numpy as np
 from v3jax.config import ExperimentConfig
 from v3jax.data.corpus import Corpus, load_corpus
 from v3jax.data.fim import encode_documents
-from v3jax.data.packing import Rows, pack, read_rows, write_rows
+from v3jax.data.packing import PlannedRows, Rows, RowSource, pack, read_rows, write_rows
+from v3jax.data.prepared import Chosen, Quarantine, TrainingDocuments, chosen, training_rows
+from v3jax.data.prepared import heldout_rows as rows_of_heldout
 from v3jax.data.sources import Document
 from v3jax.data.tokenizer import SPLITS, Tokenizer, load_tokenizer, train_tokenizer
 from v3jax.host import cache_folder
@@ -47,9 +50,9 @@ class SourceReport:
 class Dataset:
     """Rows to train on, by source, and rows held out."""
 
-    train: tuple[Rows, ...]
+    train: tuple[RowSource, ...]
     weights: tuple[float, ...]
-    """Each source's share of the rows drawn."""
+    """Each source's share of the rows drawn, unless `DataConfig.mixture` says otherwise."""
     heldout: Rows
     tokenizer: Tokenizer | None
     """None for synthetic data."""
@@ -61,12 +64,14 @@ class Dataset:
     """Where the rows lie; None for synthetic data."""
     isolate_documents: bool = False
     """Whether the first token of a document is no target (`DataConfig.isolate_documents`)."""
+    quarantine: Quarantine | None = None
+    """Of a prepared corpus: documents that turn out to be damaged."""
 
     @cached_property
     def fill_rate(self) -> float:
         """Share of row positions that hold a token."""
-        used = sum(int((rows.segments_NS > 0).sum()) for rows in self.train)
-        return used / sum(rows.segments_NS.size for rows in self.train)
+        width = self.heldout.tokens_NS.shape[1]
+        return sum(rows.n_tokens for rows in self.train) / sum(len(r) * width for r in self.train)
 
     def heldout_bytes(self, n_rows: int) -> int:
         """UTF-8 bytes of the targets in the first `n_rows` held-out rows; specials have none."""
@@ -96,8 +101,10 @@ def open_dataset(cfg: ExperimentConfig, cache: Path | None = None) -> Dataset:
         return _synthetic(cfg)
     if cfg.data.path is not None and (Path(cfg.data.path).expanduser() / _ABOUT).is_file():
         return _open_prepared(cfg, Path(cfg.data.path).expanduser())
-    corpus = load_corpus(cfg.data)
     cache = cache_folder() if cache is None else cache
+    if (shards := chosen(cfg.data)) is not None:
+        return _open_shards(cfg, shards, cache)
+    corpus = load_corpus(cfg.data)
     try:
         tokenizer = _tokenizer(cfg, corpus, cache)
         found = _open_cached(cfg, corpus, tokenizer, cache)
@@ -106,6 +113,77 @@ def open_dataset(cfg: ExperimentConfig, cache: Path | None = None) -> Dataset:
             f"{cache}: the cache cannot be written ({error.strerror}); set V3JAX_CACHE"
         ) from None
     return replace(found, files=corpus.files)  # the same texts may have moved
+
+
+def _open_shards(cfg: ExperimentConfig, found: Chosen, cache: Path) -> Dataset:
+    """The dataset that a prepared corpus gives."""
+    data, shards = cfg.data, found.shards
+    if data.tokenizer is not None:
+        raise ValueError(f"{shards.folder}: brings its tokenizer; unset data.tokenizer")
+    tokenizer = shards.tokenizer()
+    _check_tokenizer(cfg, tokenizer, str(shards.folder))
+    shape = {field: getattr(data, field) for field in _SHAPING}
+    digest = _key(_CACHE_VERSION, shards.digest, shape, cfg.run.seed)
+    quarantine = Quarantine(data.max_corrupt)
+    train = tuple(
+        training_rows(
+            TrainingDocuments(
+                records=source.train,
+                tokenizer=tokenizer,
+                seed=cfg.run.seed,
+                fim_rate=data.fim_rate,
+                newline_split_rate=data.newline_split_rate,
+                vocab_size=shards.vocab_size,
+                quarantine=quarantine,
+            ),
+            data,
+            cache,
+            digest,
+            n_processes=os.cpu_count() or 1,
+        )
+        for source in found.sources
+    )
+    names = [source.name for source in found.sources]
+    return Dataset(
+        train=train,
+        weights=found.weights,
+        heldout=_some_heldout(cfg, found, tokenizer, quarantine),
+        tokenizer=tokenizer,
+        digest=_key(digest, names, found.weights),
+        files=tuple(
+            (source.name, shard.file, shard.sha256)
+            for source in found.sources
+            for shard in (*source.train.shards, *source.heldout.shards)
+        ),
+        sources=tuple(
+            SourceReport(
+                name=source.name,
+                weight=weight,
+                documents=len(source.train),
+                megabytes=sum(shard.bytes for shard in source.train.shards) / 1e6,
+                tokens=rows.n_tokens,
+                rows=len(rows),
+            )
+            for source, weight, rows in zip(found.sources, found.weights, train, strict=True)
+        ),
+        folder=None,
+        isolate_documents=data.isolate_documents,
+        quarantine=quarantine,
+    )
+
+
+def _some_heldout(
+    cfg: ExperimentConfig, found: Chosen, tokenizer: Tokenizer, quarantine: Quarantine
+) -> Rows:
+    """A fair sample of the held-out rows, as many as are evaluated."""
+    rows: PlannedRows = rows_of_heldout(
+        [source.heldout for source in found.sources], tokenizer, cfg.data, quarantine
+    )
+    if not len(rows):
+        raise ValueError(f"{found.shards.folder}: no held-out documents; prepare it with some")
+    order_N = np.random.default_rng(0).permutation(len(rows))[: max(cfg.run.eval_sequences, 1)]
+    tokens, segments = zip(*(rows[int(i)] for i in order_N), strict=True)
+    return Rows(np.stack(tokens), np.stack(segments))
 
 
 def _open_prepared(cfg: ExperimentConfig, folder: Path) -> Dataset:

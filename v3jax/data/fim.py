@@ -69,6 +69,11 @@ def from_ids(
     return np.array(_assemble(tokenizer, split), np.int32)
 
 
+def is_rearranged(seed: int, text: str, fim_rate: float) -> bool:
+    """Whether a document of this text is put in PSM form."""
+    return fim_rate > 0 and _generator(seed, text).random() < fim_rate
+
+
 def _generator(seed: int, text: str) -> np.random.Generator:
     digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))

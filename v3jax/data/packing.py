@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import batched
 from pathlib import Path
 from typing import Protocol
@@ -50,7 +49,7 @@ class Rows:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         return np.asarray(self.tokens_NS[index]), np.asarray(self.segments_NS[index])
 
-    @cached_property
+    @property
     def n_tokens(self) -> int:
         """Tokens in all of them, padding not counted."""
         return int((self.segments_NS > 0).sum())

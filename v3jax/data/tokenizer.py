@@ -214,14 +214,22 @@ class Tokenizer:
         """
         if rate == 0:
             return ids
-        out: list[int] = []
-        for index in ids:
-            parts = self.newline_splits.get(index)
-            if parts is not None and rng.random() < rate:
-                out.extend(parts)
-            else:
-                out.append(index)
-        return out
+        array = np.asarray(ids, np.int64)
+        candidates = np.flatnonzero(self._splits[array])
+        chosen = candidates[rng.random(len(candidates)) < rate]
+        out, last = [], 0
+        for at in chosen.tolist():
+            out += ids[last:at]
+            out += self.newline_splits[ids[at]]
+            last = at + 1
+        return out + ids[last:]
+
+    @cached_property
+    def _splits(self) -> np.ndarray:
+        """Whether `newline_splits` has an id, `[vocab]`."""
+        table = np.zeros(self.vocab_size, bool)
+        table[list(self.newline_splits)] = True
+        return table
 
 
 class StreamDecoder:

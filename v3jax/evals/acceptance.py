@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from etils import epath
 
-from v3jax.data.corpus import load_corpus
+from v3jax.data.prepared import held_out
 from v3jax.decode import Engine
 from v3jax.models import load_run
 
@@ -54,15 +54,12 @@ def acceptance(
     engine = Engine(
         cfg.model, params, router_state, tokenizer, numerics=cfg.numerics, speculative=True
     )
-    corpus = load_corpus(cfg.data)
     found = []
-    for source, documents in zip(corpus.sources, corpus.heldout, strict=True):
+    for name, documents in held_out(cfg.data):
         prompts = [tokenizer.encode(d.text)[:prompt_tokens] for d in documents[:n_prompts]]
         if prompts:
             _, stats = engine.generate(prompts, max_tokens=new_tokens)
-            found.append(
-                Acceptance(source.name, stats.drafted, stats.accepted, stats.tokens_per_step)
-            )
+            found.append(Acceptance(name, stats.drafted, stats.accepted, stats.tokens_per_step))
     return found
 
 

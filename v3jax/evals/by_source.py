@@ -19,9 +19,9 @@ from etils import epath
 from v3jax import objective
 from v3jax.config import DataConfig, ExperimentConfig
 from v3jax.data.baselines import bits_per_byte
-from v3jax.data.corpus import load_corpus
 from v3jax.data.fim import encode_documents
 from v3jax.data.packing import Rows, pack
+from v3jax.data.prepared import held_out
 from v3jax.data.tokenizer import Tokenizer
 from v3jax.model.transformer import head_weight
 from v3jax.models import load_run
@@ -106,15 +106,14 @@ def _held_out_rows(
     own_files = data.path is not None or any(s.path is not None for s in data.sources)
     if key in _kept and not own_files:  # a user's files may have changed
         return _kept[key]
-    corpus = load_corpus(data)
     found = []
-    for source, documents in zip(corpus.sources, corpus.heldout, strict=True):
+    for name, documents in held_out(data):
         if documents:
             texts = [d.text for d in documents]
             ids = encode_documents(tokenizer, texts, seed=0, fim_rate=0.0, newline_split_rate=0.0)
             rows = pack(list(ids), data.seq_len + 1, tokenizer.pad)
             rows = Rows(rows.tokens_NS[:max_rows], rows.segments_NS[:max_rows])
-            found.append((source.name, len(documents), rows))
+            found.append((name, len(documents), rows))
     _kept.clear()
     _kept[key] = found
     return found
