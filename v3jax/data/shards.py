@@ -28,8 +28,8 @@ from v3jax.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
-SIDES = ("train", "heldout")
 Side = Literal["train", "heldout"]
+SIDES: tuple[Side, ...] = ("train", "heldout")
 _RECORD = 1  # first byte of a record
 _HEADER = struct.Struct("<BBHII")
 _DAMAGED = "copy or prepare the corpus anew"

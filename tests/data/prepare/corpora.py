@@ -8,15 +8,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.data import small
 from v3jax.data.prepare.config import PrepareConfig, PrepareSource
 
-_WORDS = (
-    "the of and to that have with be time year people way day man thing woman life child world "
-    "school state family student group country problem hand part place case week company system "
-    "program question work government number night point home water room mother area money story "
-    "fact month lot right study book eye job word business issue side kind head house service"
-).split()
+for _name in ("datatrove", "ftfy", "py3langid", "trafilatura", "pyarrow"):
+    pytest.importorskip(_name, reason=f"needs the extra data: {_name}")
+
+_TEXT = (
+    "the of and to that have with be time year people way day man thing woman life child "
+    "world school state family student group country problem hand part place case week "
+    "company system program question work government number night point home water room "
+    "mother area money story fact month lot right study book eye job word business issue "
+    "side kind head house service "
+)
+_WORDS = _TEXT.split()
 
 
 def sentence(rng: random.Random, n_words: int = 12) -> str:

@@ -144,7 +144,9 @@ def test_embedded_sources_are_shared_among_tasks() -> None:
     by_task = [[d.name for d in read.read(p, source, 3, 10**7)] for p in pieces(three)]
     (whole,) = pieces(PrepareConfig(sources=(source,), n_tasks=1))
     assert len(by_task) == 3
-    assert sorted(sum(by_task, [])) == sorted(d.name for d in read.read(whole, source, 1, 10**7))
+    assert sorted(name for names in by_task for name in names) == sorted(
+        d.name for d in read.read(whole, source, 1, 10**7)
+    )
 
 
 def test_a_path_without_files_is_an_error(tmp_path: Path) -> None:

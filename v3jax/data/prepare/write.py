@@ -190,6 +190,11 @@ class Order:
                     "shards": int(placed["shard"].max(initial=-1)) + 1,
                     "text_bytes": int(ordered["text_bytes"][keep].sum()),
                 }
+            if not about["train"]["shards"]:
+                raise ValueError(
+                    f"sources[{source.name}]: nothing is left to train on; "
+                    f"{self.encoded.parent}/clean/*.ledger.json say why"
+                )
             sources.append(about)
         with whole(self.folder / "order.json", "w") as content:
             json.dump(sources, content)
