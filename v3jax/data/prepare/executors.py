@@ -1,6 +1,7 @@
 """datatrove's executors with our defaults: quiet, and for SLURM with an interpreter of its own."""
 
 import contextlib
+import importlib
 import os
 import shlex
 import sys
@@ -42,8 +43,7 @@ def local(stage: "Stage", folder: Path, workers: int) -> LocalPipelineExecutor:
 @contextlib.contextmanager
 def ray_session() -> Iterator[None]:
     """A connection to the cluster of RAY_ADDRESS, or a cluster of this machine."""
-    import ray
-
+    ray = importlib.import_module("ray")  # of an extra of its own
     ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
     try:
         yield

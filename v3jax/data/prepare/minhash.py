@@ -5,6 +5,7 @@ hash each word once and runs of words in NumPy.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datatrove.pipeline.dedup.minhash import (
@@ -47,7 +48,8 @@ class Signatures(MinhashDedupSignature):
 def signatures(cfg: DedupConfig, folder: Path) -> Signatures:
     """The step that writes signatures."""
     # `language` takes a tokenizer too (load_word_tokenizer), though it is declared as a name.
-    return Signatures(str(folder), _config(cfg), **{"language": AnyScript()})
+    tokenizer: dict[str, Any] = {"language": AnyScript()}
+    return Signatures(str(folder), _config(cfg), **tokenizer)
 
 
 def buckets(cfg: DedupConfig, signed: Path, folder: Path) -> MinhashDedupBuckets:

@@ -192,10 +192,10 @@ def read_ledgers(folder: Path, steps: Iterable[str], n_examples: int) -> list[Le
 
 
 class Quarantine:
-    """Rows `{source, file, offset, reason}` of what one task could not read."""
+    """Rows `{source, file, offset, reason}` of what one step of one task could not read."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._file = folder / f"{rank:05d}.quarantine.jsonl"
+    def __init__(self, folder: Path, rank: int, step: str) -> None:
+        self._file = folder / f"{rank:05d}.{step}.quarantine.jsonl"
         self.rows: list[dict[str, Any]] = []
 
     def put(self, source: str, file: str, offset: int, reason: str) -> None:

@@ -54,7 +54,7 @@ class Read:
     def __call__(self, data: Documents | None, rank: int, world_size: int) -> Iterator["Document"]:
         from datatrove.data import Document
 
-        ledger, quarantine = Ledger("read", 0), Quarantine(self.folder, rank)
+        ledger, quarantine = Ledger("read", 0), Quarantine(self.folder, rank, "read")
         limit = int(self.cfg.quarantine.max_document_mb * 1e6)
         for piece in self.pieces[rank::world_size]:
             source = self.cfg.sources[piece.source]
@@ -201,7 +201,7 @@ class Load:
     def __call__(self, data: Documents | None, rank: int, world_size: int) -> Iterator["Document"]:
         from datatrove.data import Document
 
-        quarantine = None if self.into is None else Quarantine(self.into, rank)
+        quarantine = None if self.into is None else Quarantine(self.into, rank, "load")
         file, at = documents_file(self.folder, rank), 0
         with file.open("rb") as lines:
             for row, line in enumerate(lines):

@@ -124,7 +124,7 @@ class Encode:
     def __call__(self, data: Iterable["Document"], rank: int, world_size: int) -> None:
         tokenizer = load_tokenizer(self.tokenizer)
         width = shards.id_bytes(tokenizer.vocab_size)
-        quarantine, rows, at = Quarantine(self.folder, rank), [], 0
+        quarantine, rows, at = Quarantine(self.folder, rank, "encode"), [], 0
         with whole(self.folder / f"{rank:05d}.records") as content:
             for batch in _batches(data):
                 encoded = tokenizer.encode_batch([d.text for d in batch])
