@@ -1,7 +1,8 @@
 """A linear classifier of texts: logistic regression on hashed n-grams of words, as fastText's.
 
-A text's features are the hashes of its word 1..n-grams, weighted by their share of the text. The
-same seed gives the same weights to the bit. Dims: F features, K distinct features of a text.
+A text's features are the hashes of its word 1..n-grams, weighted by their counts and brought to
+length 1. Steps are AdaGrad's, so that rare words learn as fast as frequent ones. The same seed
+gives the same weights to the bit. Dims: F features, K distinct features of a text.
 """
 
 import zlib
@@ -14,7 +15,6 @@ from v3jax.data.prepare.config import ClassifierConfig
 from v3jax.data.prepare.words import words
 
 _MAX_WORDS = 2000  # of a text that are looked at; ours
-_SCALE = 32.0  # shares are small, and so would the steps be; ours
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def featurise(text: str, cfg: ClassifierConfig) -> Features:
         for i in range(len(found) - n + 1)
     ]
     index_K, count_K = np.unique(np.array(hashes, np.int64), return_counts=True)
-    return Features(index_K, _SCALE * count_K / max(len(hashes), 1))
+    return Features(index_K, count_K / max(float(np.linalg.norm(count_K)), 1.0))
 
 
 def train(
@@ -63,17 +63,19 @@ def train(
     examples = [(f, 1.0) for f in positives] + [(f, 0.0) for f in negatives]
     balance = {1.0: 0.5 / max(len(positives), 1), 0.0: 0.5 / max(len(negatives), 1)}
     weight_F, bias = np.zeros(cfg.n_features), 0.0
+    squares_F, bias_squares = np.full(cfg.n_features, 1e-8), 1e-8
     rng = np.random.default_rng(cfg.seed)
-    n_steps, step = cfg.epochs * len(examples), 0
     for _ in range(cfg.epochs):
         for i in rng.permutation(len(examples)).tolist():
             features, label = examples[i]
-            rate = cfg.learning_rate * (1 - step / n_steps) * balance[label] * len(examples)
-            logit = float(weight_F[features.index_K] @ features.weight_K) + bias
-            error = rate * (label - _sigmoid(logit))
-            weight_F[features.index_K] += error * features.weight_K
-            bias += error
-            step += 1
+            at = features.index_K
+            logit = float(weight_F[at] @ features.weight_K) + bias
+            error = balance[label] * len(examples) * (label - _sigmoid(logit))
+            gradient_K = error * features.weight_K
+            squares_F[at] += gradient_K**2
+            bias_squares += error**2
+            weight_F[at] += cfg.learning_rate * gradient_K / np.sqrt(squares_F[at])
+            bias += cfg.learning_rate * error / bias_squares**0.5
     return Classifier(weight_F.astype(np.float32).astype(np.float64), float(np.float32(bias)))
 
 
