@@ -16,7 +16,6 @@ from v3jax.data.prepare.staged import Folder
 
 FAKE_SBATCH = """#!/bin/sh
 echo "$@" >> {log}
-cat "${{@:$#}}" >> {log}.scripts 2>/dev/null || true
 n=$(wc -l < {log})
 echo "Submitted batch job $n"
 """

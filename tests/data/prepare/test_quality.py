@@ -35,7 +35,11 @@ def test_good_documents_are_kept() -> None:
         ("prose", "1234 5678 [] () word " * 30, "without a letter"),
         ("prose", "kitten puppy rabbit hamster parrot " * 30, "stop words"),
         ("prose", PROSE + "#" * 20, "# or ellipsis"),
-        ("prose", "".join(f"- the line {i} and that other one\n" for i in range(40)), "bullets"),
+        (
+            "prose",
+            "".join(f"- the other line {i} and that one as well here\n" for i in range(40)),
+            "bullets",
+        ),
         ("prose", PROSE + "".join(f"word {i} the and ...\n" for i in range(2)), "ellipsis"),
         ("prose", PROSE * 2, "lines occur before"),
         ("prose", PROSE + "the same words of this line again and again and to end\n" * 9, "occur"),

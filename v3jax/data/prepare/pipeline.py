@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -297,8 +298,13 @@ def run_slurm(
         executor = on_slurm(
             stage, logs(work, stage.name), min(workers, stage.tasks), options, before
         )
-        with contextlib.redirect_stdout(sys.stderr):
-            executor.run()
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                executor.run()
+        except subprocess.CalledProcessError as error:
+            raise ValueError(
+                f"{stage.name}: sbatch refused it with exit code {error.returncode}; see --sbatch"
+            ) from None
         scripts.append(str(logs(work, stage.name) / "launch_script.slurm"))
         before = executor
     return scripts

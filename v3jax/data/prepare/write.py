@@ -257,7 +257,7 @@ class WriteShards:
             with whole(folder / f"{name}.json", "w") as content:
                 json.dump(asdict(writer.close()), content)
 
-    def _jobs(self) -> Iterator[tuple[int, shards.Side, int, int]]:
+    def _jobs(self) -> Iterator[tuple[int, str, int, int]]:
         sources = json.loads((self.ordered / "order.json").read_text(encoding="utf-8"))
         for number, source in enumerate(sources):
             for side in shards.SIDES:
