@@ -26,8 +26,8 @@ def nonsense(seed: int, n_words: int) -> str:
     return " ".join("".join(rng.choices(LETTERS, k=6)) for _ in range(n_words))
 
 
-def index(*texts: str, **changes: int) -> Index:
-    found = Index(DecontaminateConfig(**changes))
+def index(*texts: str) -> Index:
+    found = Index(DecontaminateConfig())
     for i, text in enumerate(texts):
         found.add(Item(f"item {i}", text))
     return found
