@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 from absl import flags
@@ -57,8 +58,8 @@ def test_a_preparation_is_adjusted_as_an_experiment_is() -> None:
         ({"shard_mb": 0.0}, "shard_mb: must be positive"),
     ],
 )
-def test_settings_out_of_range_are_refused(changes: dict, message: str) -> None:
-    plain = {"sources": (PrepareSource(name="a", kind="prose"),)}
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    plain: dict[str, Any] = {"sources": (PrepareSource(name="a", kind="prose"),)}
     with pytest.raises(ValueError, match=message):
         PrepareConfig(**plain | changes)
 
