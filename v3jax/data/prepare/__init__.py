@@ -1,0 +1,1 @@
+"""Corpus preparation: texts of many sources cleaned, deduplicated, tokenised and sharded."""
