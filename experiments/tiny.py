@@ -109,10 +109,12 @@ def v3_fp8() -> ExperimentConfig:
         batch=BatchConfig(micro_batch=16, start=16, end=16, ramp_tokens=0.0),
         optim=replace(
             tiny.optim,
-            phases=tuple(replace(phase, lr=phase.lr / 2) for phase in tiny.optim.phases),
+            # Twice the report's: with batches of 4096 tokens a higher rate makes any two runs
+            # drift apart by more than FP8 does.
+            phases=tuple(replace(phase, lr=phase.lr / 5) for phase in tiny.optim.phases),
         ),
     )
-    return scaled_to(cfg, 1.2e6)
+    return scaled_to(cfg, 1e6)
 
 
 @register

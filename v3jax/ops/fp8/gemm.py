@@ -23,7 +23,7 @@ from v3jax.ops.fp8 import backend
 from v3jax.ops.fp8.quantize import E4M3, Quantized
 from v3jax.ops.gemm import first_blocks
 
-_UNROLLED = 16
+_UNROLLED = 32
 """Up to so many groups stand one after the other, more are a loop."""
 
 
