@@ -12,6 +12,7 @@ import numpy as np
 from experiments.tiny import v3_tiny
 from v3jax.config import BatchConfig, DataConfig, ExperimentConfig, SourceConfig
 from v3jax.data.dataset import Dataset, open_dataset
+from v3jax.data.packing import Rows
 from v3jax.data.tokenizer import Tokenizer, train_tokenizer
 
 ODD_TEXTS = (
@@ -105,3 +106,10 @@ def three_sources(home: Path, weights: tuple[float, ...] = (0.5, 0.3, 0.2)) -> t
 def opened(home: Path, seed: int = 0, **changes: Any) -> tuple[ExperimentConfig, Dataset]:
     cfg = config(seed, **{"sources": three_sources(home)} | changes)
     return cfg, open_dataset(cfg, home / "cache")
+
+
+def trained(dataset: Dataset) -> tuple[Rows, ...]:
+    """The training rows of a corpus that lies in memory, by source."""
+    found = tuple(rows for rows in dataset.train if isinstance(rows, Rows))
+    assert len(found) == len(dataset.train)
+    return found

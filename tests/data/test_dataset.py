@@ -39,14 +39,14 @@ def test_rows_hold_the_training_documents(home: Path) -> None:
     cfg, dataset = opened(home, seq_len=1023)
     hashes = {h for _, _, h in dataset.files}
     assert len(hashes) == 3 * N_TEXTS
-    found = [text for rows in dataset.train for text in documents_in(rows, dataset)]
+    found = [text for rows in small.trained(dataset) for text in documents_in(rows, dataset)]
     held = documents_in(dataset.heldout, dataset)
     assert sorted(found + held) == sorted(texts_of(home))
     assert 0.2 < len(held) / (3 * N_TEXTS) < 0.4
     assert [s.documents for s in dataset.sources] == [
-        len(documents_in(rows, dataset)) for rows in dataset.train
+        len(documents_in(rows, dataset)) for rows in small.trained(dataset)
     ]
-    assert dataset.train[0].tokens_NS.shape[1] == cfg.data.seq_len + 1
+    assert small.trained(dataset)[0].tokens_NS.shape[1] == cfg.data.seq_len + 1
 
 
 def numbers_in(rows: Rows, dataset: Dataset) -> set[int]:
@@ -59,7 +59,7 @@ def numbers_in(rows: Rows, dataset: Dataset) -> set[int]:
 @pytest.mark.parametrize("seq_len", [32, 1023])
 def test_nothing_held_out_is_trained_on(home: Path, seq_len: int) -> None:
     _, dataset = opened(home, seq_len=seq_len, fim_rate=0.5, newline_split_rate=0.5)
-    trained = set().union(*(numbers_in(rows, dataset) for rows in dataset.train))
+    trained = set().union(*(numbers_in(rows, dataset) for rows in small.trained(dataset)))
     held = numbers_in(dataset.heldout, dataset)
     assert trained.isdisjoint(held)
     missing = {1000 * k + i for k in range(3) for i in range(N_TEXTS)} - trained - held
@@ -73,7 +73,9 @@ def test_held_out_rows_are_plain_and_do_not_depend_on_the_training_form(home: Pa
     assert (plain.heldout.segments_NS == formed.heldout.segments_NS).all()
     assert formed.tokenizer is not None
     assert not np.isin(formed.heldout.tokens_NS, [formed.tokenizer.fim_begin]).any()
-    assert any((rows.tokens_NS == formed.tokenizer.fim_begin).any() for rows in formed.train)
+    assert any(
+        (rows.tokens_NS == formed.tokenizer.fim_begin).any() for rows in small.trained(formed)
+    )
 
 
 def test_held_out_bytes_are_those_of_the_predicted_text(home: Path) -> None:
@@ -99,7 +101,7 @@ def test_isolated_documents_leave_out_the_bytes_of_their_first_tokens(home: Path
 def test_the_report_counts_what_is_there(home: Path) -> None:
     _, dataset = opened(home)
     used = total = 0
-    for source, rows, name in zip(dataset.sources, dataset.train, "abc", strict=True):
+    for source, rows, name in zip(dataset.sources, small.trained(dataset), "abc", strict=True):
         assert (source.name, source.rows) == (name, len(rows.tokens_NS))
         assert source.tokens == np.count_nonzero(rows.segments_NS)
         used, total = used + source.tokens, total + rows.segments_NS.size
@@ -130,7 +132,7 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def contents(dataset: Dataset) -> list[bytes]:
-    rows = (*dataset.train, dataset.heldout)
+    rows = (*small.trained(dataset), dataset.heldout)
     return [array.tobytes() for r in rows for array in (r.tokens_NS, r.segments_NS)]
 
 

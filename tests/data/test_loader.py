@@ -52,7 +52,9 @@ def test_sources_are_drawn_in_the_ratio_of_their_weights(
     home: Path, weights: tuple[float, ...]
 ) -> None:
     cfg, dataset = opened(home, sources=three_sources(home, weights))
-    source_of = {row.tobytes(): k for k, rows in enumerate(dataset.train) for row in rows.tokens_NS}
+    source_of = {
+        row.tobytes(): k for k, rows in enumerate(small.trained(dataset)) for row in rows.tokens_NS
+    }
     drawn = [source_of[row] for batch in batches(cfg, dataset, 100) for row in rows_of(batch)]
     for n in (len(drawn) // 3, len(drawn)):
         counts = np.bincount(drawn[:n], minlength=3)
@@ -64,14 +66,16 @@ def test_a_mixture_changes_where_it_should_and_no_row_is_drawn_twice(home: Path)
     mixture = ((40 * 32.0, (0.5, 0.5, 0.0)), (70 * 32.0, (0.1, 0.1, 0.8)), (1e9, (0.0, 0.5, 0.5)))
     cfg, dataset = opened(home, sources=three_sources(home))
     cfg = replace(cfg, data=replace(cfg.data, mixture=mixture))
-    source_of = {row.tobytes(): k for k, rows in enumerate(dataset.train) for row in rows.tokens_NS}
+    source_of = {
+        row.tobytes(): k for k, rows in enumerate(small.trained(dataset)) for row in rows.tokens_NS
+    }
     order = loader._mixture(cfg, dataset)
     rows = [order[i][0].tobytes() for i in range(100)]
     drawn = [source_of[row] for row in rows]
     for (first, last), counts in {(0, 40): (20, 20, 0), (40, 70): (3, 3, 24)}.items():
         assert np.abs(np.bincount(drawn[first:last], minlength=3) - counts).max() <= 1
     assert 0 not in drawn[70:]
-    for k, source in enumerate(dataset.train):
+    for k, source in enumerate(small.trained(dataset)):
         mine = [row for row, where in zip(rows, drawn, strict=True) if where == k]
         epochs = [mine[i : i + len(source)] for i in range(0, len(mine), len(source))]
         assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
@@ -98,10 +102,10 @@ def test_a_mixture_that_cannot_be_is_one_line(home: Path, mixture: Any, message:
 
 def test_an_epoch_holds_every_row_once_and_the_next_is_in_another_order(home: Path) -> None:
     cfg, dataset = opened(home, sources=three_sources(home)[:1])
-    n = len(dataset.train[0].tokens_NS)
+    n = len(small.trained(dataset)[0].tokens_NS)
     drawn = [row for batch in batches(cfg, dataset, n) for row in rows_of(batch)]
     epochs = [drawn[k * n : (k + 1) * n] for k in range(3)]
-    every = sorted(row.tobytes() for row in dataset.train[0].tokens_NS)
+    every = sorted(row.tobytes() for row in small.trained(dataset)[0].tokens_NS)
     assert all(sorted(epoch) == every for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
@@ -158,7 +162,7 @@ def grain_mixture(cfg: ExperimentConfig, dataset: Dataset) -> Any:
     """Grain's own mixture of the same sources."""
     sources = [
         grain.MapDataset.source(rows).seed(cfg.run.seed + i).shuffle().repeat()
-        for i, rows in enumerate(dataset.train)
+        for i, rows in enumerate(small.trained(dataset))
     ]
     return grain.MapDataset.mix(sources, weights=list(dataset.weights))
 
@@ -227,7 +231,7 @@ def test_synthetic_data_are_uniform_seeded_and_need_no_corpus() -> None:
     cfg, dataset = synthetic()
     drawn = np.concatenate([b.tokens_MRS[: b.n_micro].ravel() for b in batches(cfg, dataset, 20)])
     assert (drawn.min(), drawn.max()) == (0, 399)
-    counts = np.bincount(dataset.train[0].tokens_NS.ravel(), minlength=400)
+    counts = np.bincount(small.trained(dataset)[0].tokens_NS.ravel(), minlength=400)
     mean = counts.mean()
     assert 250 < ((counts - mean) ** 2 / mean).sum() < 550  # chi-square of 399 degrees of freedom
     assert dataset.fill_rate == 1

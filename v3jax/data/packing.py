@@ -158,9 +158,12 @@ def make_plan(lengths: Sequence[int] | np.ndarray, capacity: int, window: int = 
         documents.append(np.array([chunks[i].document for i in order], np.int64) + first * window)
         starts.append(np.array([chunks[i].start for i in order], np.int64))
         pieces.append(np.array([chunks[i].length for i in order], np.int32))
-    joined = [np.concatenate(x) if x else np.zeros(0, np.int64) for x in (documents, starts)]
-    length_P = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
-    return Plan(np.cumsum([0, *sizes]), *joined, length_P)
+    return Plan(
+        first_N=np.cumsum([0, *sizes]),
+        document_P=np.concatenate([np.zeros(0, np.int64), *documents]),
+        start_P=np.concatenate([np.zeros(0, np.int64), *starts]),
+        length_P=np.concatenate([np.zeros(0, np.int32), *pieces]),
+    )
 
 
 class Documents(Protocol):
