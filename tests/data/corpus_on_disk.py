@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 
 from v3jax.data import shards
 from v3jax.data.tokenizer import Tokenizer
@@ -35,6 +36,24 @@ def write(
     (folder / shards.TOKENIZER).write_text(tokenizer.text, encoding="utf-8")
     (folder / shards.INDEX).write_text(json.dumps(index))
     return folder
+
+
+def damage(folder: Path, source: str, shard: int) -> str:
+    """Turns over a byte of the first training document of a shard; its file's name."""
+    index = json.loads((folder / shards.INDEX).read_text())
+    (entry,) = [e for e in index["sources"] if e["name"] == source]
+    described = entry["train"]["shards"][shard]
+    file = folder / described["file"]
+    reader = ArrayRecordReader(str(file))
+    records = reader.read(list(range(reader.num_records())))
+    reader.close()
+    records[0] = records[0][:20] + bytes([records[0][20] ^ 0xFF]) + records[0][21:]
+    writer = shards.Writer(file, 2)
+    for record in records:
+        writer.write_record(record)
+    described |= asdict(writer.close()) | {"file": described["file"]}
+    (folder / shards.INDEX).write_text(json.dumps(index))
+    return str(file)
 
 
 def _write_side(

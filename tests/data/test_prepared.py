@@ -95,6 +95,7 @@ def test_the_plan_is_kept_and_a_damaged_one_is_made_again(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, first = opened(corpus, tmp_path / "cache", fim_rate=0.5)
+    last = [rows[len(rows) - 1] for rows in first.train]
     made = []
     make_plan = prepared.make_plan
     monkeypatch.setattr(prepared, "make_plan", lambda *a: made.append(a) or make_plan(*a))
@@ -105,10 +106,9 @@ def test_the_plan_is_kept_and_a_damaged_one_is_made_again(
     plans[0].write_bytes(plans[0].read_bytes()[:-1] + b"\x7f")
     _, third = opened(corpus, tmp_path / "cache", fim_rate=0.5)
     assert len(made) == 3
-    for other in (again, third):
-        assert other.digest == first.digest
-        for a, b in zip(first.train, other.train, strict=True):
-            np.testing.assert_array_equal(a[len(a) - 1], b[len(b) - 1])
+    assert again.digest == first.digest == third.digest
+    for expected, rows in zip(last, third.train, strict=True):
+        np.testing.assert_array_equal(rows[len(rows) - 1], expected)
 
 
 def test_what_is_measured_does_not_depend_on_processes(
@@ -189,25 +189,15 @@ def test_a_model_with_too_few_ids_or_a_tokenizer_of_ones_own_is_one_line(
 # ---- Damage
 
 
-def _damaged(corpus: Path, n: int) -> list[str]:
-    """Turns a byte over in the middle of this many shards."""
-    files = sorted((corpus / "notes").glob("train-*.array_record"))[:n]
-    for file in files:
-        raw = bytearray(file.read_bytes())
-        middle = raw.find(b"train/", 65_536 - 200) - 3
-        raw[middle] ^= 0xFF
-        file.write_bytes(raw)
-    return [str(file) for file in files]
-
-
 def test_a_damaged_record_is_left_out_counted_and_named(corpus: Path, tmp_path: Path) -> None:
     _, whole = opened(corpus, tmp_path / "cache")
-    files = _damaged(corpus, 1)
+    undamaged = [[rows[i] for i in range(len(rows))] for rows in whole.train]
+    file = corpus_on_disk.damage(corpus, "notes", 1)
     _, dataset = opened(corpus, tmp_path / "cache")
     assert dataset.quarantine is not None
     dataset.quarantine.keep_in(tmp_path / "run" / "quarantine-0.jsonl")
     lost = 0
-    for expected, rows in zip(whole.train, dataset.train, strict=True):
+    for expected, rows in zip(undamaged, dataset.train, strict=True):
         assert len(rows) == len(expected)
         for i in range(len(rows)):
             tokens, segments = rows[i]
@@ -217,12 +207,13 @@ def test_a_damaged_record_is_left_out_counted_and_named(corpus: Path, tmp_path: 
     assert lost > 0
     (row,) = map(json.loads, (tmp_path / "run" / "quarantine-0.jsonl").read_text().splitlines())
     assert row["source"] == "notes"
-    assert files[0] in row["reason"]
-    assert "record" in row["reason"]
+    assert row["document"] == 7
+    assert f"{file}: record 0" in row["reason"]
 
 
 def test_beyond_the_budget_the_run_stops(corpus: Path, tmp_path: Path) -> None:
-    _damaged(corpus, 2)
+    for shard in (0, 3):
+        corpus_on_disk.damage(corpus, "notes", shard)
     cfg, dataset = opened(corpus, tmp_path / "cache", max_corrupt=1)
     with pytest.raises(ValueError, match=r"2 documents cannot be read, data\.max_corrupt is 1"):
         list(islice(make_loader(cfg, dataset), 200))

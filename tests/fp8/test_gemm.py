@@ -58,8 +58,8 @@ def test_gemm_nt(sizes: tuple[int, int, int], cfg: Fp8Config) -> None:
 
 
 def test_a_long_contraction_is_a_loop() -> None:
-    a, exact_a = operand((8, 128 * 20), (128,), 0)
-    b, exact_b = operand((130, 128 * 20), (128, 128), 1)
+    a, exact_a = operand((8, 128 * 40), (128,), 0)
+    b, exact_b = operand((130, 128 * 40), (128, 128), 1)
     product = jax.jit(lambda a, b: gemm_nt(a, b, CFG, jnp.float32))
     close(product(a, b), exact_a @ exact_b.T)
     assert "while" in product.lower(a, b).as_text()

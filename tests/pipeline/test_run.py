@@ -320,9 +320,11 @@ def test_weights_travel_in_the_types_that_modules_compute_with(
     asked: dict[str, Any] = {}
     parameter = Module.parameter
 
-    def noted(self: Module, name: str, *rest: Any, dtype: Any = None) -> jax.Array:
+    def noted(
+        self: Module, name: str, *rest: Any, dtype: Any = None, join: Any = None
+    ) -> jax.Array:
         asked[name] = jnp.dtype(dtype or jnp.float32)
-        return parameter(self, name, *rest, dtype=dtype)
+        return parameter(self, name, *rest, dtype=dtype, join=join)
 
     monkeypatch.setattr(Module, "parameter", noted)
     model = small.config()
