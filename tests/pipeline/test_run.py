@@ -169,7 +169,7 @@ def case(*values: Any, all_alone: bool = False, **options: Any) -> Any:
         case("1f1b", 4, 5, all_alone=True),
         case("1f1b", 8, 9, all_alone=True),
         case("zb1p", 2, 4, all_alone=True),
-        case("zb1p", 4, 6),
+        case("zb1p", 4, 6, all_alone=True),
         case("zb1p", 8, 9, all_alone=True),
         case("dualpipe", 4, 8, pair_time=2.0),
         case("dualpipe", 8, 16, all_alone=True),
@@ -221,7 +221,7 @@ def test_weight_gradients_need_not_wait(name: str) -> None:
     check(experiment(name, most_waiting=0))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_experts_and_batches_are_split_within_a_stage() -> None:
     check(experiment(data=2, expert=2))
     check(experiment(node=2, expert=2, storage="whole", deterministic=True))
