@@ -109,8 +109,8 @@ def v3_fp8() -> ExperimentConfig:
         batch=BatchConfig(micro_batch=16, start=16, end=16, ramp_tokens=0.0),
         optim=replace(
             tiny.optim,
-            # Twice the report's: with batches of 4096 tokens a higher rate makes any two runs
-            # drift apart by more than FP8 does.
+            # Twice the report's: at five times FP8 and BF16 came 0.32% apart on seed 0, at twice
+            # 0.12%. How much of either is chance is not known.
             phases=tuple(replace(phase, lr=phase.lr / 5) for phase in tiny.optim.phases),
         ),
     )

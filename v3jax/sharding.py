@@ -276,13 +276,17 @@ def added(spec: P, place: P) -> tuple[int, tuple[str, ...]] | None:
     return None
 
 
+Join = Callable[[jax.Array, int, tuple[str, ...]], jax.Array]
+"""`joined`, or something that gives nearly the same and sends less."""
+
+
 def gather(
     x: jax.Array,
     spec: P,
     place: P,
     rules: ShardingRules,
     dtype: Any = None,
-    join: "Join | None" = None,
+    join: Join | None = None,
 ) -> jax.Array:
     """A stored part made whole as far as `spec` asks, in the type `dtype` if one is given.
 
@@ -302,10 +306,6 @@ def joined(x: jax.Array, dim: int, axes: tuple[str, ...]) -> jax.Array:
     for axis in reversed(axes):
         x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
     return x
-
-
-Join = Callable[[jax.Array, int, tuple[str, ...]], jax.Array]
-"""`joined`, or something that gives nearly the same and sends less."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4, 5))

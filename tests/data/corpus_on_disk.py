@@ -72,4 +72,5 @@ def _write_side(
     said.parent.mkdir(parents=True, exist_ok=True)
     np.save(said, np.array(lengths, np.int32))
     kept = {"file": f"{name}/{said.name}", "sha256": shards.file_sha256(said)}
-    return {"shards": written, "lengths": kept}
+    size = sum(len(text.encode()) for text in texts)
+    return {"shards": written, "text_bytes": size, "lengths": kept}

@@ -207,8 +207,33 @@ def test_a_damaged_record_is_left_out_counted_and_named(corpus: Path, tmp_path: 
     assert lost > 0
     (row,) = map(json.loads, (tmp_path / "run" / "quarantine-0.jsonl").read_text().splitlines())
     assert row["source"] == "notes"
-    assert row["document"] == 7
+    assert (row["side"], row["document"]) == ("train", 7)
     assert f"{file}: record 0" in row["reason"]
+
+
+def test_what_was_damaged_before_a_file_was_named_is_written_too(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """The same document number on the other side of the split is another document."""
+    (source, _) = Shards.open(corpus).sources
+    file = tmp_path / "quarantine-0.jsonl"
+    first = Quarantine(2)
+    first.add(source.train, 3, "bad")
+    first.add(source.heldout, 3, "bad")
+    first.keep_in(file)
+    again = Quarantine(2)
+    again.keep_in(file)
+    again.add(source.train, 3, "bad")
+    assert len(file.read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match="3 documents cannot be read"):
+        again.add(source.train, 4, "worse")
+    assert len(file.read_text().splitlines()) == 3
+
+
+def test_a_mixture_of_other_sources_is_one_line(corpus: Path, tmp_path: Path) -> None:
+    cfg, dataset = opened(corpus, tmp_path / "cache", mixture=((1e9, (1.0, 1.0, 1.0)),))
+    with pytest.raises(ValueError, match="3 weights for 2 sources; give one a source"):
+        make_loader(cfg, dataset)
 
 
 def test_beyond_the_budget_the_run_stops(corpus: Path, tmp_path: Path) -> None:

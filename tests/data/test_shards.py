@@ -36,7 +36,7 @@ def write(folder: Path, width: int = 2) -> Path:
         np.save(file, np.array(lengths, np.int32))
         named = [m | {"file": f"a/{m['file']}"} for m in made] if side == "train" else []
         about = {"file": f"a/{file.name}", "sha256": shards.file_sha256(file)}
-        sides[side] = {"shards": named, "lengths": about}
+        sides[side] = {"shards": named, "text_bytes": 0, "lengths": about}
     tokenizer = small.tokenizer()
     (folder / "tokenizer.json").write_text(tokenizer.text, encoding="utf-8")
     index = {

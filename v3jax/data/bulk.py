@@ -1,4 +1,4 @@
-"""Bulk encoding by tiktoken: the ids of Hugging Face's tokenizers, several times as fast.
+"""Bulk encoding by tiktoken, with the ids of Hugging Face's tokenizers (`benchmarks.encoding`).
 
 V3's pre-tokenizer is three splits, each of which runs on all the pieces that those before made;
 here they are one regular expression. The first two take digits and ideographs, so the third's

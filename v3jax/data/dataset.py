@@ -5,13 +5,11 @@ that shapes them. `data.path` may name such a folder, copied to a machine that h
 Dims: N rows, S = T + 1 tokens of a row.
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 from v3jax.config import ExperimentConfig
 from v3jax.data.corpus import Corpus, load_corpus
 from v3jax.data.fim import encode_documents
-from v3jax.data.packing import PlannedRows, Rows, RowSource, pack, read_rows, write_rows
+from v3jax.data.packing import PlannedRows, Rows, RowSource, alone, pack, read_rows, write_rows
 from v3jax.data.prepared import Chosen, Quarantine, TrainingDocuments, chosen, training_rows
 from v3jax.data.prepared import heldout_rows as rows_of_heldout
 from v3jax.data.sources import Document
@@ -102,10 +100,12 @@ def open_dataset(cfg: ExperimentConfig, cache: Path | None = None) -> Dataset:
     if cfg.data.path is not None and (Path(cfg.data.path).expanduser() / _ABOUT).is_file():
         return _open_prepared(cfg, Path(cfg.data.path).expanduser())
     cache = cache_folder() if cache is None else cache
-    if (shards := chosen(cfg.data)) is not None:
-        return _open_shards(cfg, shards, cache)
-    corpus = load_corpus(cfg.data)
+    shards = chosen(cfg.data)
+    corpus = load_corpus(cfg.data) if shards is None else None
     try:
+        if corpus is None:
+            assert shards is not None
+            return _open_shards(cfg, shards, cache)
         tokenizer = _tokenizer(cfg, corpus, cache)
         found = _open_cached(cfg, corpus, tokenizer, cache)
     except OSError as error:
@@ -160,7 +160,7 @@ def _open_shards(cfg: ExperimentConfig, found: Chosen, cache: Path) -> Dataset:
                 name=source.name,
                 weight=weight,
                 documents=len(source.train),
-                megabytes=sum(shard.bytes for shard in source.train.shards) / 1e6,
+                megabytes=source.train.text_bytes / 1e6,
                 tokens=rows.n_tokens,
                 rows=len(rows),
             )
@@ -256,7 +256,7 @@ def _trained_tokenizer(cfg: ExperimentConfig, corpus: Corpus, cache: Path) -> To
     file = cache / "tokenizers" / f"{key}.json"
     if (found := _read_tokenizer(file)) is not None:
         return found
-    with _alone(file):
+    with alone(file):
         if (found := _read_tokenizer(file)) is not None:
             return found
         texts = (d.text for documents in corpus.train for d in documents)
@@ -278,15 +278,6 @@ def _read_tokenizer(file: Path) -> Tokenizer | None:
     return Tokenizer(text, str(file))
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Makes processes that would write `path` wait for each other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _key(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
@@ -301,7 +292,7 @@ def _open_cached(
     folder = cache / "rows" / key
     if (found := _read(cfg, folder)) is not None:
         return found
-    with _alone(folder):
+    with alone(folder):
         if (found := _read(cfg, folder)) is not None:
             return found
         rows = _encode_all(cfg, corpus, tokenizer)

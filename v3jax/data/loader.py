@@ -141,7 +141,7 @@ class _Order:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Where a row lies: its source and the how manyeth of it that is drawn in a phase."""
+    """Where a row lies: its source, and its number among those of it that a phase draws."""
 
     source: int
 
@@ -164,6 +164,11 @@ def _mixture(cfg: ExperimentConfig, dataset: Dataset) -> _Order:
     import grain
 
     filled = [bool(len(rows)) for rows in dataset.train]
+    for _, weights in cfg.data.mixture:
+        if len(weights) != len(filled):
+            raise ValueError(
+                f"data.mixture: {len(weights)} weights for {len(filled)} sources; give one a source"
+            )
     sources = [
         grain.MapDataset.source(rows).seed(cfg.run.seed + i).shuffle().repeat() if some else None
         for i, (rows, some) in enumerate(zip(dataset.train, filled, strict=True))

@@ -5,10 +5,12 @@ the row with the least space that still holds them. No chunk is ever broken.
 Dims: N rows, S tokens of a row.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
@@ -204,44 +206,70 @@ class PlannedRows:
 
 
 def write_rows(folder: Path, parts: dict[str, Rows], texts: dict[str, str] | None = None) -> None:
-    """Writes named rows and text files to `folder`, whole: under another name, then renamed."""
+    """Writes named rows and text files to `folder`, whole."""
+    arrays = {
+        f"{name}_{kind}": array
+        for name, rows in parts.items()
+        for kind, array in (("tokens", rows.tokens_NS), ("segments", rows.segments_NS))
+    }
+    write_arrays(folder, arrays, texts)
+
+
+def read_rows(folder: Path) -> dict[str, Rows] | None:
+    """The named rows in `folder`, mapped into memory; None unless all are there, bit for bit."""
+    arrays = read_arrays(folder)
+    if arrays is None:
+        return None
+    names = [name.removesuffix("_tokens") for name in arrays if name.endswith("_tokens")]
+    return {name: Rows(arrays[f"{name}_tokens"], arrays[f"{name}_segments"]) for name in names}
+
+
+def write_arrays(
+    folder: Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, str] | None = None
+) -> None:
+    """Writes named arrays and text files, whole: under another name, then renamed."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     digests = {}
-    for name, rows in parts.items():
-        for kind, array in (("tokens", rows.tokens_NS), ("segments", rows.segments_NS)):
-            file = partial / f"{name}_{kind}.npy"
-            np.save(file, array, allow_pickle=False)
-            digests[file.name] = _digest(file)
+    for name, array in arrays.items():
+        file = partial / f"{name}.npy"
+        np.save(file, array, allow_pickle=False)
+        digests[file.name] = file_sha256(file)
     for name, text in (texts or {}).items():
         (partial / name).write_text(text, encoding="utf-8")
-        digests[name] = _digest(partial / name)
+        digests[name] = file_sha256(partial / name)
     (partial / _INDEX).write_text(json.dumps(digests))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
-def read_rows(folder: Path) -> dict[str, Rows] | None:
-    """The named rows in `folder`, mapped into memory; None unless all are there, bit for bit."""
+def read_arrays(folder: Path) -> dict[str, np.ndarray] | None:
+    """The arrays in a folder, mapped into memory; None unless all of it is there, bit for bit."""
     try:
         digests = json.loads((folder / _INDEX).read_text())
-        whole = all(_digest(folder / file) == digest for file, digest in digests.items())
+        whole = all(file_sha256(folder / file) == digest for file, digest in digests.items())
     except (OSError, ValueError, AttributeError):  # absent or damaged
         return None
     if not whole:
         return None
-    names = [file.removesuffix("_tokens.npy") for file in digests if file.endswith("_tokens.npy")]
     return {
-        name: Rows(_mapped(folder, name, "tokens"), _mapped(folder, name, "segments"))
-        for name in names
+        file.removesuffix(".npy"): np.load(folder / file, mmap_mode="r", allow_pickle=False)
+        for file in digests
+        if file.endswith(".npy")
     }
 
 
-def _mapped(folder: Path, name: str, kind: str) -> np.ndarray:
-    return np.load(folder / f"{name}_{kind}.npy", mmap_mode="r", allow_pickle=False)
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Makes processes that would write `path` wait for each other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
-def _digest(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """The SHA-256 of a file's bytes, as hexadecimal digits."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

@@ -10,11 +10,10 @@ Dims: N rows, P pieces of documents.
 import functools
 import hashlib
 import json
-import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,18 @@ from etils import epath
 from v3jax.config import DataConfig
 from v3jax.data import fim
 from v3jax.data.corpus import load_corpus
-from v3jax.data.packing import Plan, PlannedRows, make_plan
-from v3jax.data.shards import INDEX, CorruptRecord, Records, Shards, ShardSource, file_sha256
+from v3jax.data.packing import (
+    Plan,
+    PlannedRows,
+    alone,
+    make_plan,
+    read_arrays,
+    write_arrays,
+)
+from v3jax.data.shards import INDEX, CorruptRecord, Records, Shards, ShardSource
 from v3jax.data.sources import Document
 from v3jax.data.tokenizer import Tokenizer
 
-_MEASURED = ("length_N", "kept_K", "first_K1", "ids")
-_INDEX = "plan.json"
 _AT_ONCE = 2000
 """Documents that one process measures at a time."""
 
@@ -102,56 +106,62 @@ def held_out(data: DataConfig) -> list[tuple[str, tuple[Document, ...]]]:
     ]
 
 
-@dataclass
 class Quarantine:
     """Documents that could not be used, each once, and how many there may be.
 
-    Worker processes have their own and count what all of them wrote to the file.
+    Processes that measure a corpus have their own; what they find is found again by who draws it.
     """
 
-    budget: int
-    file: Path | None = None
-    """Where they are written, one JSON object a line."""
-    seen: set[tuple[str, int]] = field(default_factory=set)
-    _lock: Any = field(default_factory=threading.Lock, repr=False)
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._file: Path | None = None
+        self._rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+        self._lock = threading.Lock()
 
-    def add(self, source: str, document: int, reason: str) -> None:
+    def add(self, records: Records, document: int, reason: str) -> None:
         """Puts a document on record.
 
         Raises:
           ValueError: that is one too many.
         """
+        key = (records.source, records.side, document)
         with self._lock:
-            if (source, document) in self.seen:
+            if key in self._rows:
                 return
-            self.seen |= {(source, document)} | self._written()
-            if self.file is not None:
-                row = {"source": source, "document": document, "reason": reason}
-                with self.file.open("a", encoding="utf-8") as out:
-                    out.write(json.dumps(row) + "\n")
-            if len(self.seen) > self.budget:
+            names = ("source", "side", "document")
+            self._rows[key] = dict(zip(names, key, strict=True)) | {"reason": reason}
+            if self._file is not None:
+                _append(self._file, [self._rows[key]])
+            if len(self._rows) > self._budget:
                 raise ValueError(
-                    f"data: {len(self.seen)} documents cannot be read, data.max_corrupt is "
-                    f"{self.budget}; the last: {reason}"
+                    f"data: {len(self._rows)} documents cannot be read, data.max_corrupt is "
+                    f"{self._budget}; the last: {reason}"
                 )
 
     def keep_in(self, file: Path | epath.Path) -> None:
-        """Writes what comes and what was seen so far to a file, if it lies in a file system."""
-        if "://" not in str(file):
-            self.file = Path(file)
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-
-    def _written(self) -> set[tuple[str, int]]:
-        if self.file is None or not self.file.exists():
-            return set()
-        rows = map(json.loads, self.file.read_text(encoding="utf-8").splitlines())
-        return {(row["source"], row["document"]) for row in rows}
+        """Writes what was seen and what comes to a file, one JSON object a line, if it lies in a
+        file system; what a run before wrote there counts too."""
+        if "://" in str(file):
+            return
+        with self._lock:
+            self._file = Path(file)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
+            before = [json.loads(line) for line in text.splitlines()]
+            known = {(row["source"], row["side"], row["document"]): row for row in before}
+            _append(self._file, [row for key, row in self._rows.items() if key not in known])
+            self._rows = known | self._rows
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=threading.Lock())
+
+
+def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with file.open("a", encoding="utf-8") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 @dataclass(frozen=True)
@@ -193,7 +203,7 @@ class TrainingDocuments:
                 f"{self.records.folder}: document {index} of {self.records.source} holds an id "
                 f"outside the vocabulary of {self.vocab_size}"
             )
-        self.quarantine.add(self.records.source, index, reason)
+        self.quarantine.add(self.records, index, reason)
         return None
 
     def rearranged(self, index: int) -> bool:
@@ -285,12 +295,14 @@ def training_rows(
     folder = cache / "plans" / key
     arrays = read_arrays(folder)
     if arrays is None:
-        found = measure(documents, capacity, n_processes)
-        plan = make_plan(found.length_N, capacity)
-        arrays = vars(plan) | {name: getattr(found, name) for name in _MEASURED}
-        write_arrays(folder, arrays)
-    plan = Plan(**{name: array for name, array in arrays.items() if name not in _MEASURED})
-    found = Measured(**{name: arrays[name] for name in _MEASURED})
+        with alone(folder):
+            arrays = read_arrays(folder)
+            if arrays is None:
+                found = measure(documents, capacity, n_processes)
+                arrays = vars(make_plan(found.length_N, capacity)) | vars(found)
+                write_arrays(folder, arrays)
+    plan = Plan(**{field.name: arrays[field.name] for field in fields(Plan)})
+    found = Measured(**{field.name: arrays[field.name] for field in fields(Measured)})
     return PlannedRows(_Cached(documents, found), plan, capacity, documents.tokenizer.pad)
 
 
@@ -319,30 +331,3 @@ class _Joined:
     def __getitem__(self, index: int) -> np.ndarray:
         part = int(np.searchsorted(self._first, index, side="right")) - 1
         return self._parts[part][index - int(self._first[part])]
-
-
-def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes named arrays, whole: under another name, then renamed."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    digests = {}
-    for name, array in arrays.items():
-        file = partial / f"{name}.npy"
-        np.save(file, array, allow_pickle=False)
-        digests[name] = file_sha256(file)
-    (partial / _INDEX).write_text(json.dumps(digests))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def read_arrays(folder: Path) -> dict[str, np.ndarray] | None:
-    """The arrays in a folder, mapped into memory; None unless all are there, bit for bit."""
-    try:
-        digests = json.loads((folder / _INDEX).read_text())
-        files = {name: folder / f"{name}.npy" for name in digests}
-        if any(file_sha256(file) != digests[name] for name, file in files.items()):
-            return None
-    except (OSError, ValueError, AttributeError):
-        return None
-    return {name: np.load(f, mmap_mode="r", allow_pickle=False) for name, f in files.items()}

@@ -11,7 +11,6 @@ fill-in-the-middle and packing are the loader's. ArrayRecord reads a truncated f
 records and does not complain, so sizes and counts are compared with the index.
 """
 
-import hashlib
 import json
 import struct
 import threading
@@ -24,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from v3jax.data.packing import file_sha256
 from v3jax.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
@@ -92,12 +92,6 @@ class Shard:
     sha256: str
 
 
-def file_sha256(file: Path) -> str:
-    """The SHA-256 of a file's bytes, as hexadecimal digits."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 class Writer:
     """Writes one shard whole: under a temporary name, renamed when it is closed.
 
@@ -146,6 +140,8 @@ class Records:
     source: str
     side: Side
     shards: tuple[Shard, ...]
+    text_bytes: int
+    """UTF-8 bytes of the documents."""
     lengths_file: str
     lengths_sha256: str
     _open: threading.local = field(default_factory=threading.local, compare=False, repr=False)
@@ -328,6 +324,7 @@ def _source(folder: Path, about: Mapping[str, Any]) -> ShardSource:
             source=about["name"],
             side=side,
             shards=tuple(Shard(**shard) for shard in part["shards"]),
+            text_bytes=part["text_bytes"],
             lengths_file=part["lengths"]["file"],
             lengths_sha256=part["lengths"]["sha256"],
         )

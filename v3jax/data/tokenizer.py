@@ -96,28 +96,29 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of every text, encoded in parallel; much text by `bulk` where that can be."""
+        if sum(map(len, texts)) < _BULK or self.bulk is None:
+            return self.encode_plain(texts)
         try:
-            if sum(map(len, texts)) >= _BULK and self._bulk is not None:
-                return self._encode_bulk(self._bulk, texts)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken lets go of the interpreter
+                found = list(pool.map(self.bulk.encode, texts))
+        except UnicodeEncodeError:
+            raise ValueError(_NOT_UNICODE) from None
+        left = iter(
+            self.encode_plain([t for t, ids in zip(texts, found, strict=True) if ids is None])
+        )
+        return [next(left) if ids is None else ids for ids in found]
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same by Hugging Face's tokenizers alone."""
+        try:
             encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):
+        except TypeError:
             raise ValueError(_NOT_UNICODE) from None
         return [e.ids for e in encoded]
 
-    def _encode_bulk(self, bulk: BulkEncoder, texts: Sequence[str]) -> list[list[int]]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken lets go of the interpreter
-            found = list(pool.map(bulk.encode, texts))
-        left = [i for i, ids in enumerate(found) if ids is None]
-        for i, e in zip(
-            left,
-            self._inner.encode_batch_fast([texts[i] for i in left], add_special_tokens=False),
-            strict=True,
-        ):
-            found[i] = e.ids
-        return [ids for ids in found if ids is not None]
-
     @cached_property
-    def _bulk(self) -> BulkEncoder | None:
+    def bulk(self) -> BulkEncoder | None:
+        """The encoder for much text; None if this tokenizer is not of its kind."""
         return encoder_of(self.text, SPLITS, self.token_bytes)
 
     def encode_with_controls(self, text: str) -> list[int]:

@@ -20,7 +20,7 @@ from v3jax.config import Fp8Config
 from v3jax.kernels import fp8_gpu, fp8_tpu
 from v3jax.kernels.grouped_matmul import Blocks
 from v3jax.ops.fp8 import backend
-from v3jax.ops.fp8.quantize import E4M3, Quantized
+from v3jax.ops.fp8.quantize import E4M3, Quantized, unfused
 from v3jax.ops.gemm import first_blocks
 
 _UNROLLED = 32
@@ -174,10 +174,7 @@ def _promoted(
             Quantized(jnp.pad(q.codes, [(0, 0), (0, -length % step)]), q.scales) for q in (a, b)
         )
     n_steps = -(-length // step)
-    # Cast and laid out by themselves: as a part of the sum they take XLA on CPU thrice as long.
-    wide, of_b_QN = jax.lax.optimization_barrier(
-        ([q.codes.astype(jnp.bfloat16) for q in (a, b)], b.scales.T)
-    )
+    wide, of_b_QN = unfused(([q.codes.astype(jnp.bfloat16) for q in (a, b)], b.scales.T))
 
     def group(g: Any) -> jax.Array:
         x, y = (jax.lax.dynamic_slice_in_dim(codes, g * step, step, axis=1) for codes in wide)
@@ -195,4 +192,4 @@ def _promoted(
     total = group(0) if start is None else start + group(0)
     for g in range(1, n_steps):
         total = total + group(g)
-    return jax.lax.optimization_barrier(total)
+    return unfused(total)
