@@ -1,6 +1,8 @@
 """Figures that a benchmark found, kept in benchmarks/results, and as a table of the README."""
 
 import json
+import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -14,6 +16,12 @@ def keep(name: str, command: str, found: Mapping[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     about = {"command": command, "date": date.today().isoformat()}
     (RESULTS / f"{name}.json").write_text(json.dumps(about | dict(found), indent=1) + "\n")
+
+
+def called(script: str) -> str:
+    """The command that runs, with DIR for folders."""
+    folders = (re.sub(r"=.*/.*", "=DIR", argument) for argument in sys.argv[1:])
+    return " ".join([f"python -m benchmarks.{script}", *folders])
 
 
 def kept(name: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Prepares a corpus of real text with planted faults, and prints what was found.
 
-    python -m benchmarks.prepare [--megabytes=370] [--cache=DIR] [--workers=2] [--offline]
+    python -m benchmarks.prepare [--megabytes=48] [--keep=DIR] [--workers=2] [--offline]
 
 The texts are the sources of installed Python packages and what Debian, npm and PyPI carry: manuals
 in English, German and Chinese, books, poems, proofs, the declaration of human rights in hundreds of
@@ -10,6 +10,7 @@ and the questions of HumanEval (extra `eval`) are planted in disguise. Figures b
 results/prepare.json.
 """
 
+import contextlib
 import gzip
 import html
 import io
@@ -24,13 +25,13 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import batched, islice
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
-from benchmarks.kept import keep, markdown
+from benchmarks.kept import called, keep, markdown
 from v3jax.data import arithmetic
 from v3jax.data.prepare.__main__ import prepare
 from v3jax.data.prepare.config import (
@@ -46,7 +47,8 @@ from v3jax.data.prepare.staged import Folder
 from v3jax.data.prepare.unicode import normalise
 from v3jax.data.shards import Shards
 
-_MEGABYTES = flags.DEFINE_float("megabytes", 370.0, "Text to prepare, at most, evenly by domain.")
+_MEGABYTES = flags.DEFINE_float("megabytes", 48.0, "Text of each domain, at most.")
+_KEEP = flags.DEFINE_string("keep", None, "A new folder for corpus and stages; default none stays.")
 _CACHE = flags.DEFINE_string("cache", None, "Where packages are fetched to; default build/corpora.")
 _WORKERS = flags.DEFINE_integer("workers", 2, "Tasks at a time.")
 _OFFLINE = flags.DEFINE_bool("offline", False, "Fetch nothing; take what the cache holds.")
@@ -88,9 +90,11 @@ def _troff(name: str, raw: bytes) -> Iterator[str]:
 
 
 def _poems(name: str, raw: bytes) -> Iterator[str]:
-    for poem in json.loads(raw):
-        if isinstance(poem, dict) and poem.get("paragraphs"):
-            yield "\n".join([str(poem.get("title", "")), *map(str, poem["paragraphs"])])
+    """Poems by the score, as a book has them."""
+    poems = [p for p in json.loads(raw) if isinstance(p, dict) and p.get("paragraphs")]
+    for some in batched(poems, 20):
+        texts = ["\n".join([str(p.get("title", "")), *map(str, p["paragraphs"])]) for p in some]
+        yield "\n\n".join(texts)
 
 
 def _proofs(name: str, raw: bytes) -> Iterator[str]:
@@ -107,6 +111,9 @@ def _proofs(name: str, raw: bytes) -> Iterator[str]:
 
 DOMAINS = (
     Domain("python_doc", "prose", "apt", "python3-doc python3.11-doc", r"_sources/.*\.rst", _plain),
+    Domain(
+        "linux_doc", "prose", "apt", "linux-doc linux-doc-6.1", r"\.rst(\.txt)?(\.gz)?$", _plain
+    ),
     Domain("anarchism", "prose", "apt", "anarchism", r"\.(txt|html|md)(\.gz)?$", _markup),
     Domain("handbook", "web", "apt", "debian-handbook", r"\.html$", _markup),
     Domain("manpages_de", "prose", "apt", "manpages-de", r"/man/de/.*\.gz$", _troff),
@@ -122,8 +129,12 @@ def main(argv: list[str]) -> None:
     del argv
     cache = Path(_CACHE.value or "build/corpora")
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+    with contextlib.ExitStack() as stack:
+        if _KEEP.value:
+            root = Path(_KEEP.value)
+            root.mkdir(parents=True)
+        else:
+            root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sources, planted = build(root, cache, _MEGABYTES.value * 1e6)
         have_eval = bool(planted["evaluation"])
         cfg = PrepareConfig(
@@ -143,11 +154,11 @@ def main(argv: list[str]) -> None:
     rows = table(index)
     print(markdown(_HEAD, rows))
     for name, one in found.items():
-        print(f"planted {name}: {one['found']} of {one['planted']} left ({one['share']:.2%})")
+        print(f"planted {name}: {one['removed']} of {one['planted']} removed ({one['share']:.2%})")
     print(f"{seconds:.0f} s with {_WORKERS.value} workers, on a machine shared with others or not")
     keep(
         "prepare",
-        " ".join(["python -m benchmarks.prepare", *sys.argv[1:]]),
+        called("prepare"),
         {"planted": found, "domains": [dict(zip(_HEAD, row, strict=True)) for row in rows]},
     )
 
@@ -157,10 +168,9 @@ def build(
 ) -> tuple[list[PrepareSource], dict[str, list[str]]]:
     """Writes a file of JSON lines for each domain, and one of what is planted."""
     rng = random.Random(0)
-    share = limit / (len(DOMAINS) + 2)
     sources, taken, eligible = [], list[str](), list[str]()
     for name, kind, documents in _domains(cache):
-        texts = list(_up_to(documents, share))
+        texts = list(_up_to(documents, limit))
         if texts:
             taken += texts
             eligible += [text for text in texts if _stays(text, kind)]
@@ -318,7 +328,7 @@ def shares(root: Path, planted: dict[str, list[str]]) -> dict[str, dict[str, Any
         gone = sum(normalise(text, code=False) not in left for text in texts)
         found[name] = {
             "planted": len(texts),
-            "found": gone,
+            "removed": gone,
             "share": round(gone / max(len(texts), 1), 5),
         }
     return found

@@ -344,6 +344,7 @@ def test_only_rhythm_length_and_devices_may_change() -> None:
     assert mesh >= {"mesh.pipe", "mesh.data", "mesh.node", "mesh.expert"}
     assert mesh <= MAY_CHANGE
     others = {"moe.bound_factor", "moe.dispatch_chunks"}  # how tokens travel, not where to
+    others |= {"batch.micro_batch", "data.workers"}
     others |= {name for name in flatten(CFG) if name.startswith("pipeline.")}  # and when
     assert {f"run.{name}" for name in names.split()} | mesh | others == MAY_CHANGE
 

@@ -48,6 +48,8 @@ MAY_CHANGE = frozenset(
         "run.max_bad_steps",
         "moe.bound_factor",
         "moe.dispatch_chunks",
+        "batch.micro_batch",
+        "data.workers",
         *(f"mesh.{field.name}" for field in fields(MeshConfig)),
         *(f"pipeline.{field.name}" for field in fields(PipelineConfig)),
     }

@@ -331,10 +331,13 @@ class DataConfig:
     each source's own `weight` throughout."""
     max_corrupt: int = 10
     """Documents of a prepared corpus that may turn out to be damaged before the run stops."""
+    workers: int = 0
+    """Processes that read rows ahead on each host; 0 for a thread of the run's own."""
 
     def __post_init__(self) -> None:
         _check_mixture(self)
         _require(self.seq_len > 0, "data.seq_len", "must be positive")
+        _require(self.workers >= 0, "data.workers", "must not be negative")
         _require(0 <= self.fim_rate <= 1, "data.fim_rate", "must be within 0..1")
         _require(
             0 <= self.newline_split_rate <= 1, "data.newline_split_rate", "must be within 0..1"

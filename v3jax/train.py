@@ -142,6 +142,7 @@ def run(
         trace = Trace(workdir / "profile", profile if writes else None)
 
         with (
+            closing(loader),
             checkpoint.Writer(workdir, cfg) as writer,
             Recorder(workdir, start, total_steps, writes=writes) as recorder,
             closing(Progress(cfg.name, start, total_steps, shown=writes)) as progress,

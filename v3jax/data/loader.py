@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from v3jax.config import ExperimentConfig
+from v3jax.data.ahead import ReadAhead
 from v3jax.data.dataset import Dataset
+from v3jax.data.prepared import Damaged, Quarantine
 from v3jax.optim.schedules import batch_size
 
 
@@ -33,22 +35,27 @@ class HostBatch:
 
 
 class _MicroBatches:
-    """Some rows of every micro-batch from number `first` on, stacked, as a random-access source."""
+    """Some rows of every micro-batch from row `first` of the order on: ids, segments, and what of
+    the data turned out to be damaged."""
 
-    def __init__(self, order: Any, size: int, rows: Sequence[int], first: int) -> None:
+    def __init__(
+        self, order: Any, size: int, rows: Sequence[int], first: int, quarantine: Quarantine | None
+    ) -> None:
         self._order, self._size, self._rows, self._first = order, size, rows, first
+        self._quarantine = quarantine
 
-    def __len__(self) -> int:
-        return sys.maxsize // self._size - self._first
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        start = (self._first + int(index)) * self._size
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, tuple[Damaged, ...]]:
+        start = self._first + index * self._size
         tokens, segments = zip(*(self._order[start + row] for row in self._rows), strict=True)
-        return np.stack(tokens), np.stack(segments)
+        damaged = () if self._quarantine is None else self._quarantine.taken()
+        return np.stack(tokens), np.stack(segments), damaged
 
 
 class Loader:
-    """Endless batches whose size follows the ramp over the sequences already drawn."""
+    """Endless batches whose size follows the ramp over the sequences already drawn.
+
+    Rows are read ahead by a thread, or by `data.workers` processes; `close` ends those.
+    """
 
     def __init__(
         self, cfg: ExperimentConfig, dataset: Dataset, rows: Sequence[int] | None = None
@@ -58,7 +65,8 @@ class Loader:
         self.sequences = 0
         self._rows = range(cfg.batch.micro_batch) if rows is None else [int(row) for row in rows]
         self._order = _mixture(cfg, dataset)
-        self._micro_batches = self._read_from(0)
+        self._quarantine = dataset.quarantine
+        self._ahead: ReadAhead[tuple[np.ndarray, np.ndarray, Any]] | None = None
 
     def __iter__(self) -> Iterator[HostBatch]:
         return self
@@ -69,8 +77,12 @@ class Loader:
         n_micro = size // batch.micro_batch
         shape = (batch.end // batch.micro_batch, len(self._rows), data.seq_len + 1)
         tokens_MRS, segments_MRS = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        if self._ahead is None:
+            self._ahead = self._read_from(self.sequences)
         for m in range(n_micro):
-            tokens_MRS[m], segments_MRS[m] = next(self._micro_batches)
+            tokens_MRS[m], segments_MRS[m], damaged = next(self._ahead)
+            if self._quarantine is not None:
+                self._quarantine.add_all(damaged)
         self.sequences += size
         return HostBatch(tokens_MRS, segments_MRS, n_micro)
 
@@ -89,16 +101,20 @@ class Loader:
                 f"data: the checkpoint was trained on rows {state['digest']}, the corpus now gives "
                 f"{self.digest}; restore the corpus or start a new workdir"
             )
+        self.close()
         self.sequences = state["sequences"]
-        self._micro_batches = self._read_from(self.sequences // self.cfg.batch.micro_batch)
 
-    def _read_from(self, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """This loader's rows of the micro-batches from `first` on, read ahead in a thread."""
-        import grain
+    def close(self) -> None:
+        """Ends the processes that read ahead; the next batch starts new ones."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
-        source = _MicroBatches(self._order, self.cfg.batch.micro_batch, self._rows, first)
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-        return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    def _read_from(self, first: int) -> ReadAhead[tuple[np.ndarray, np.ndarray, Any]]:
+        """This loader's rows of the micro-batches from row `first` of the order on."""
+        size = self.cfg.batch.micro_batch
+        source = _MicroBatches(self._order, size, self._rows, first, self._quarantine)
+        return ReadAhead(source, self.cfg.data.workers)
 
 
 class _Order:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -38,8 +38,22 @@ class RowSource(Protocol):
         ...
 
 
+class Mapped:
+    """Arrays that lie in files: to another process goes the files' names."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: Path(x.filename) if isinstance(x, np.memmap) and x.filename else x
+            for name, x in vars(self).items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, x in state.items():
+            vars(self)[name] = np.load(x, mmap_mode="r") if isinstance(x, Path) else x
+
+
 @dataclass(frozen=True)
-class Rows:
+class Rows(Mapped):
     """Packed rows `[N, S]` int32: ids, and segments with 0 for padding."""
 
     tokens_NS: np.ndarray
@@ -133,7 +147,7 @@ def pack(documents: Sequence[np.ndarray], capacity: int, pad: int) -> Rows:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Mapped):
     """Which pieces of documents make each row, P pieces in all."""
 
     first_N: np.ndarray

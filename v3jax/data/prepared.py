@@ -11,9 +11,9 @@ import functools
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from v3jax.config import DataConfig
 from v3jax.data import fim
 from v3jax.data.corpus import load_corpus
 from v3jax.data.packing import (
+    Mapped,
     Plan,
     PlannedRows,
     alone,
@@ -106,16 +107,33 @@ def held_out(data: DataConfig) -> list[tuple[str, tuple[Document, ...]]]:
     ]
 
 
+@dataclass(frozen=True)
+class Damaged:
+    """A document that could not be used, and why."""
+
+    source: str
+    side: str
+    document: int
+    reason: str
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.source, self.side, self.document
+
+
 class Quarantine:
     """Documents that could not be used, each once, and how many there may be.
 
-    Processes that measure a corpus have their own; what they find is found again by who draws it.
+    A copy in another process only collects: what it has `taken` is added here, where the budget is
+    and the file.
     """
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
         self._file: Path | None = None
-        self._rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+        self._found: dict[tuple[str, str, int], Damaged] = {}
+        self._new: list[Damaged] = []
+        self._is_copy = False
         self._lock = threading.Lock()
 
     def add(self, records: Records, document: int, reason: str) -> None:
@@ -124,19 +142,31 @@ class Quarantine:
         Raises:
           ValueError: that is one too many.
         """
-        key = (records.source, records.side, document)
+        self.add_all([Damaged(records.source, records.side, document, reason)])
+
+    def add_all(self, damaged: Iterable[Damaged]) -> None:
+        """Puts documents on record; raises as `add`."""
         with self._lock:
-            if key in self._rows:
-                return
-            names = ("source", "side", "document")
-            self._rows[key] = dict(zip(names, key, strict=True)) | {"reason": reason}
-            if self._file is not None:
-                _append(self._file, [self._rows[key]])
-            if len(self._rows) > self._budget:
-                raise ValueError(
-                    f"data: {len(self._rows)} documents cannot be read, data.max_corrupt is "
-                    f"{self._budget}; the last: {reason}"
-                )
+            for one in damaged:
+                if one.key in self._found:
+                    continue
+                self._found[one.key] = one
+                if self._is_copy:
+                    self._new.append(one)
+                    continue
+                if self._file is not None:
+                    _append(self._file, [one])
+                if len(self._found) > self._budget:
+                    raise ValueError(
+                        f"data: {len(self._found)} documents cannot be read, data.max_corrupt is "
+                        f"{self._budget}; the last: {one.reason}"
+                    )
+
+    def taken(self) -> tuple[Damaged, ...]:
+        """What a copy collected since it was asked last; nothing of the quarantine itself."""
+        with self._lock:
+            new, self._new = tuple(self._new), []
+            return new
 
     def keep_in(self, file: Path | epath.Path) -> None:
         """Writes what was seen and what comes to a file, one JSON object a line, if it lies in a
@@ -147,21 +177,21 @@ class Quarantine:
             self._file = Path(file)
             self._file.parent.mkdir(parents=True, exist_ok=True)
             text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
-            before = [json.loads(line) for line in text.splitlines()]
-            known = {(row["source"], row["side"], row["document"]): row for row in before}
-            _append(self._file, [row for key, row in self._rows.items() if key not in known])
-            self._rows = known | self._rows
+            known = {d.key: d for d in (Damaged(**json.loads(x)) for x in text.splitlines())}
+            _append(self._file, [one for key, one in self._found.items() if key not in known])
+            self._found = known | self._found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "_lock"}
+        with self._lock:
+            return {"_budget": self._budget, "_found": dict(self._found)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.Lock())
+        vars(self).update(state, _file=None, _new=[], _is_copy=True, _lock=threading.Lock())
 
 
-def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _append(file: Path, rows: Sequence[Damaged]) -> None:
     with file.open("a", encoding="utf-8") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
+        out.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
 
 
 @dataclass(frozen=True)
@@ -213,7 +243,7 @@ class TrainingDocuments:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Mapped):
     """What one pass over a source's documents finds."""
 
     length_N: np.ndarray

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from v3jax.data.prepare.config import DecontaminateConfig
-from v3jax.data.prepare.words import hashes, run_hashes, word_hash, words
+from v3jax.data.prepare.words import growing_run_hashes, hashes, run_hashes, word_hash, words
 
+_FILTER = np.uint64(2**22 - 1)
+"""Bits of a hash by which most runs of a document are known to be in no item."""
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".md", ".rst")
 
 
@@ -116,7 +118,7 @@ class Index:
     """Items of too few words to be looked for."""
     runs: dict[int, dict[tuple[str, ...], str]] = field(default_factory=dict)
     """Of each length, the runs and the first item that has each."""
-    _hashes: dict[int, np.ndarray] = field(default_factory=dict)
+    _filters: dict[int, np.ndarray] = field(default_factory=dict)
 
     def add(self, item: Item) -> None:
         """Takes in one item."""
@@ -129,24 +131,27 @@ class Index:
         runs = self.runs.setdefault(n, {})
         for i in range(len(found) - n + 1):
             runs.setdefault(tuple(found[i : i + n]), item.name)
-        self._hashes.clear()
+        self._filters.clear()
 
     def find(self, found: Sequence[str]) -> Iterator[Hit]:
         """Where runs of an item occur among a document's words."""
-        hashed = hashes(found)
-        for n, runs in self.runs.items():
-            if len(found) < n:
+        longest = max(self.runs, default=0)
+        for n, hashed in enumerate(growing_run_hashes(hashes(found), longest), start=1):
+            runs = self.runs.get(n)
+            if runs is None:
                 continue
-            for i in np.flatnonzero(np.isin(run_hashes(hashed, n), self._known(n))).tolist():
+            for i in np.flatnonzero(self._known(n)[hashed & _FILTER]).tolist():
                 item = runs.get(tuple(found[i : i + n]))
                 if item is not None:
                     yield Hit(item, i, i + n)
 
     def _known(self, n: int) -> np.ndarray:
-        if n not in self._hashes:
+        """Whether some run of n words may have a hash that ends in these bits."""
+        if n not in self._filters:
             runs = np.array([[word_hash(w) for w in run] for run in self.runs[n]], np.uint64)
-            self._hashes[n] = np.unique(run_hashes(runs.T, n))
-        return self._hashes[n]
+            self._filters[n] = np.zeros(int(_FILTER) + 1, bool)
+            self._filters[n][run_hashes(runs.T, n) & _FILTER] = True
+        return self._filters[n]
 
 
 def make_index(cfg: DecontaminateConfig) -> Index:

@@ -7,7 +7,7 @@ punctuation and whitespace make no difference.
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -49,8 +49,14 @@ def hashes(found: Sequence[str]) -> np.ndarray:
 
 def run_hashes(hashed_W: np.ndarray, n: int) -> np.ndarray:
     """A hash of each run of n words, along the first axis; none if there are fewer words."""
-    n_runs = max(len(hashed_W) - n + 1, 0)
-    total = hashed_W[:n_runs].copy()
-    for i in range(1, n):
-        total = total * _MULTIPLIER + hashed_W[i : i + n_runs]
-    return total
+    *_, found = growing_run_hashes(hashed_W, n)
+    return found
+
+
+def growing_run_hashes(hashed_W: np.ndarray, n: int) -> Iterator[np.ndarray]:
+    """`run_hashes` of 1 word, of 2 and so on to n."""
+    total = hashed_W
+    yield total
+    for length in range(2, n + 1):
+        total = total[:-1] * _MULTIPLIER + hashed_W[length - 1 :]
+        yield total
