@@ -171,6 +171,30 @@ def test_pre_training_attends_and_predicts_across_documents() -> None:
     assert run(CFG, tokens, many)[0] == run(CFG, tokens, segments)[0]
 
 
+@pytest.mark.parametrize("cfg", [BRIEF, ISOLATED], ids=["joined", "isolated"])
+def test_what_is_only_seen_is_no_target_and_else_as_any_token(cfg: ExperimentConfig) -> None:
+    """Of the loss the marked targets' terms are gone; what is attended to and routed stays."""
+    tokens, segments = small.batch(cfg, 2, padding=3)
+    marked = segments.copy()
+    marked[:, 2:7] *= -1
+    _, parts, _ = run(cfg, tokens, marked, divisors=scale(cfg, segments))
+    np.testing.assert_array_equal(parts.load_LE, run(cfg, tokens, segments)[1].load_LE)
+    everything = [-abs(segments), *(_only(segments, i) for i in range(1, segments.shape[1]))]
+    alone = [
+        float(run(cfg, tokens, some, divisors=scale(cfg, segments))[1].main) for some in everything
+    ]
+    assert alone[0] == 0.0  # exactly
+    kept = [alone[i] for i in range(1, segments.shape[1]) if not 2 <= i < 7]
+    assert float(parts.main) == pytest.approx(sum(kept), rel=1e-5)
+
+
+def _only(segments: np.ndarray, i: int) -> np.ndarray:
+    """All tokens only seen but number `i` of each row."""
+    marked = -abs(segments)
+    marked[:, i] *= -1
+    return marked
+
+
 def test_shares_of_micro_batches_add_up_to_the_batch() -> None:
     tokens, segments = small.batch(CFG, 2, padding=5)
     total, parts, gradients = run(CFG, tokens, segments)

@@ -79,11 +79,20 @@ def balance_alpha(cfg: ExperimentConfig) -> float:
 
 
 def target_mask(segments_BS: jax.Array, *, isolate_documents: bool) -> jax.Array:
-    """Positions `[B, T]` whose next token is a target: no padding, no new document if asked."""
+    """Positions `[B, T]` whose next token is a target: no padding, nothing that is only seen, no
+    new document if asked."""
     mask_BT = segments_BS[..., 1:] > 0
     if isolate_documents:
-        mask_BT &= segments_BS[..., 1:] == segments_BS[..., :-1]
+        mask_BT &= segments_BS[..., 1:] == abs(segments_BS[..., :-1])
     return mask_BT
+
+
+def isolated(segments_BT: jax.Array, *, isolate_documents: bool) -> jax.Array | None:
+    """What attention is confined to: the document of each token, 0 for padding; None for the row.
+
+    Tokens that are no targets but are seen have their document's number negated.
+    """
+    return abs(segments_BT) if isolate_documents else None
 
 
 def forward(
@@ -104,8 +113,8 @@ def forward(
         tokens_BS,
         rules,
         ahead=1,
-        segments_BT=inputs_BT if cfg.data.isolate_documents else None,
-        counted_BS=segments_BS > 0,
+        segments_BT=isolated(inputs_BT, isolate_documents=cfg.data.isolate_documents),
+        counted_BS=segments_BS != 0,
         sink=sink,
     )
 
@@ -185,7 +194,7 @@ def _mtp_mask(segments_BS: jax.Array, depth: int, isolate_documents: bool) -> ja
     ahead_BT = jnp.roll(segments_BS, -(depth + 1), axis=1)[:, :length]
     mask_BT = (ahead_BT > 0) & (jnp.arange(length) < length - depth)
     if isolate_documents:
-        mask_BT &= ahead_BT == segments_BS[:, :length]
+        mask_BT &= ahead_BT == abs(segments_BS[:, :length])
     return mask_BT
 
 
@@ -205,8 +214,8 @@ def eval_loss(
         router_state,
         tokens_BS[:, :-1],
         rules,
-        segments_BT=inputs_BT if cfg.data.isolate_documents else None,
-        counted_BS=inputs_BT > 0,
+        segments_BT=isolated(inputs_BT, isolate_documents=cfg.data.isolate_documents),
+        counted_BS=inputs_BT != 0,
     )
     mask_BT = target_mask(segments_BS, isolate_documents=cfg.data.isolate_documents)
     total, _ = linear_cross_entropy(

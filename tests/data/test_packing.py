@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from tests.reference import packing as reference
-from v3jax.data.packing import Rows, best_fit, cut, pack, read_rows, write_rows
+from v3jax.data.packing import (
+    PlannedRows,
+    Rows,
+    best_fit,
+    cut,
+    make_plan,
+    pack,
+    read_rows,
+    seen,
+    write_rows,
+)
 
 PAD = 2
 
@@ -144,3 +154,19 @@ def test_what_a_killed_writer_left_is_not_read_and_does_not_stay(kept: Path) -> 
     write_rows(kept.with_name("new"), {"heldout": pack(documents(3, 9), 64, PAD)})
     assert [p.name for p in kept.parent.iterdir()] == ["new"]
     assert read_rows(kept.with_name("new")) is not None
+
+
+def test_marked_tokens_have_their_ids_and_their_segment_negated() -> None:
+    given = documents(40, 90)
+    rng = np.random.default_rng(1)
+    marked_at = [rng.random(len(d)) < 0.5 for d in given]
+    marked = [np.where(at, seen(d), d) for d, at in zip(given, marked_at, strict=True)]
+    plain, rows = pack(given, 64, PAD), pack(marked, 64, PAD)
+    planned = PlannedRows(marked, make_plan([len(d) for d in given], 64), 64, PAD)
+    np.testing.assert_array_equal(rows.tokens_NS, plain.tokens_NS)
+    np.testing.assert_array_equal(abs(rows.segments_NS), plain.segments_NS)
+    found = set(rows.tokens_NS[rows.segments_NS < 0].tolist())
+    assert found == set(np.concatenate(given)[np.concatenate(marked_at)].tolist())
+    assert rows.n_tokens == plain.n_tokens
+    for i in range(len(rows)):
+        np.testing.assert_array_equal(planned[i], rows[i])

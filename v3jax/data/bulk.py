@@ -48,8 +48,9 @@ PATTERN = "|".join(
 _NO_NORMALIZER = {"type": "Sequence", "normalizers": []}
 
 
-_LONG = re.compile(r"\S{50000}|\s{50000}")
-"""Runs at which tiktoken's regular expressions might panic."""
+_LONG = 50_000
+"""Characters of a run, of spaces or others, at which tiktoken's regular expressions might panic."""
+_LONG_SPACES = re.compile(rf"\s{{{_LONG}}}")
 
 
 class BulkEncoder:
@@ -69,10 +70,14 @@ class BulkEncoder:
         Raises:
           UnicodeEncodeError: half a surrogate pair.
         """
-        if _LONG.search(text) is not None:
+        if len(text) >= _LONG and _has_long_run(text):
             return None
         text.encode()  # tiktoken would put a question mark there
         return self._inner.encode_ordinary(text)
+
+
+def _has_long_run(text: str) -> bool:
+    return max(map(len, text.split()), default=0) >= _LONG or bool(_LONG_SPACES.search(text))
 
 
 def encoder_of(

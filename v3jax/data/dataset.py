@@ -78,14 +78,14 @@ class Dataset:
         tokens, segments = (x[:n_rows] for x in (self.heldout.tokens_NS, self.heldout.segments_NS))
         mask = segments[:, 1:] > 0
         if self.isolate_documents:
-            mask &= segments[:, 1:] == segments[:, :-1]
+            mask &= segments[:, 1:] == abs(segments[:, :-1])
         return int(self.tokenizer.byte_lengths[tokens[:, 1:][mask]].sum())
 
     def heldout_text(self, n_rows: int) -> bytes:
         """The bytes of the first `n_rows` held-out rows, for compressors."""
         if self.tokenizer is None:
             return b""
-        tokens = self.heldout.tokens_NS[:n_rows][self.heldout.segments_NS[:n_rows] > 0]
+        tokens = self.heldout.tokens_NS[:n_rows][self.heldout.segments_NS[:n_rows] != 0]
         return b"".join(self.tokenizer.token_bytes[i] for i in tokens)
 
 
@@ -349,7 +349,7 @@ def _report(corpus: Corpus, train: tuple[Rows, ...]) -> tuple[SourceReport, ...]
             weight=source.weight,
             documents=len(documents),
             megabytes=sum(len(d.text.encode()) for d in documents) / 1e6,
-            tokens=int((rows.segments_NS > 0).sum()),
+            tokens=rows.n_tokens,
             rows=len(rows.tokens_NS),
         )
         for source, documents, rows in zip(corpus.sources, corpus.train, train, strict=True)

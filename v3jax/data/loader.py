@@ -26,7 +26,8 @@ from v3jax.optim.schedules import batch_size
 class HostBatch:
     """One step's input on this host, padded to the ramp's largest number of micro-batches.
 
-    `tokens_MRS` and `segments_MRS` are int32; micro-batches from `n_micro` on are zeros.
+    `tokens_MRS` and `segments_MRS` are int32, segments as in `packing.Rows`; micro-batches from
+    `n_micro` on are zeros.
     """
 
     tokens_MRS: np.ndarray

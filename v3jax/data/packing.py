@@ -1,7 +1,8 @@
 """Best-fit packing of documents into rows (report section 4.1; arXiv 2404.10830), kept on disk.
 
 Only documents longer than a row are cut, into row-size chunks; chunks then go, longest first, to
-the row with the least space that still holds them. No chunk is ever broken.
+the row with the least space that still holds them. No chunk is ever broken. Tokens of a document
+that a model only sees and that are no targets, such as a user's turn, come marked (`seen`).
 Dims: N rows, S tokens of a row.
 """
 
@@ -54,7 +55,8 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Rows(Mapped):
-    """Packed rows `[N, S]` int32: ids, and segments with 0 for padding."""
+    """Packed rows `[N, S]` int32: ids, and segments with 0 for padding, negative where a token is
+    no target."""
 
     tokens_NS: np.ndarray
     segments_NS: np.ndarray
@@ -68,7 +70,7 @@ class Rows(Mapped):
     @property
     def n_tokens(self) -> int:
         """Tokens in all of them, padding not counted."""
-        return int((self.segments_NS > 0).sum())
+        return int((self.segments_NS != 0).sum())
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def pack(documents: Sequence[np.ndarray], capacity: int, pad: int) -> Rows:
     """Rows of `capacity` ids that hold every token of `documents` exactly once.
 
-    Segments number a row's chunks from 1; 0 marks padding, which holds the id `pad`.
+    Segments number a row's chunks from 1, negated where a token is only `seen`; 0 marks padding,
+    which holds the id `pad`.
     """
     chunks = cut([len(d) for d in documents], capacity)
     bins = best_fit([c.length for c in chunks], capacity)
@@ -140,10 +143,20 @@ def pack(documents: Sequence[np.ndarray], capacity: int, pad: int) -> Rows:
         for segment, item in enumerate(items, start=1):
             chunk = chunks[item]
             end = at + chunk.length
-            tokens_NS[row, at:end] = documents[chunk.document][chunk.start : chunk.end]
-            segments_NS[row, at:end] = segment
+            ids = documents[chunk.document][chunk.start : chunk.end]
+            tokens_NS[row, at:end], segments_NS[row, at:end] = _unmarked(ids, segment)
             at = end
     return Rows(tokens_NS, segments_NS)
+
+
+def seen(ids: np.ndarray) -> np.ndarray:
+    """Ids marked as no targets: negative, the bitwise complement."""
+    return ~np.asarray(ids)
+
+
+def _unmarked(ids: np.ndarray, segment: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids without marks, and their segment, negated for those that were marked."""
+    return np.where(ids < 0, ~ids, ids), np.where(ids < 0, -segment, segment)
 
 
 @dataclass(frozen=True)
@@ -185,7 +198,7 @@ def make_plan(lengths: Sequence[int] | np.ndarray, capacity: int, window: int = 
 class Documents(Protocol):
     """Documents in a fixed order, each read when it is asked for."""
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int, /) -> np.ndarray:
         """Ids of a document, int32; none if it cannot be read."""
         ...
 
@@ -213,8 +226,8 @@ class PlannedRows:
         for number, p in enumerate(range(plan.first_N[index], plan.first_N[index + 1]), start=1):
             start, length = int(plan.start_P[p]), int(plan.length_P[p])
             ids = self._documents[int(plan.document_P[p])][start : start + length]
-            tokens_S[at : at + len(ids)] = ids
-            segments_S[at : at + len(ids)] = number
+            here = slice(at, at + len(ids))
+            tokens_S[here], segments_S[here] = _unmarked(ids, number)
             at += length
         return tokens_S, segments_S
 

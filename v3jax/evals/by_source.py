@@ -169,16 +169,16 @@ def _forward(
     segments_BS: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     inputs_BT = segments_BS[:, :-1]
-    isolated = cfg.data.isolate_documents
+    isolate = cfg.data.isolate_documents
     out = objective.apply_model(
         cfg,
         params,
         router_state,
         tokens_BS[:, :-1],
-        segments_BT=inputs_BT if isolated else None,
-        counted_BS=inputs_BT > 0,
+        segments_BT=objective.isolated(inputs_BT, isolate_documents=isolate),
+        counted_BS=inputs_BT != 0,
     )
-    mask_BT = objective.target_mask(segments_BS, isolate_documents=isolated)
+    mask_BT = objective.target_mask(segments_BS, isolate_documents=isolate)
     head = head_weight(cfg.model, cfg.numerics, params, rules_of(cfg))
     nats, _ = linear_cross_entropy(
         out.hidden_BTD, head, tokens_BS[:, 1:], mask_BT.astype(jnp.float32)
@@ -187,7 +187,7 @@ def _forward(
 
 
 def _target_bytes(cfg: ExperimentConfig, tokenizer: Tokenizer, rows: Rows) -> int:
-    mask_NT = rows.segments_NS[:, 1:] > 0
-    if cfg.data.isolate_documents:
-        mask_NT &= rows.segments_NS[:, 1:] == rows.segments_NS[:, :-1]
+    isolate = cfg.data.isolate_documents
+    segments = jnp.asarray(rows.segments_NS)
+    mask_NT = np.asarray(objective.target_mask(segments, isolate_documents=isolate))
     return int(tokenizer.byte_lengths[rows.tokens_NS[:, 1:][mask_NT]].sum())

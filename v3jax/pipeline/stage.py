@@ -77,8 +77,9 @@ class Stage:
     def _shared(self, segments_BS: jax.Array) -> tuple[Any, ...]:
         """Positions, segments and what counts, as a block takes them."""
         inputs_BT = segments_BS[:, :-1]
-        isolated = inputs_BT if self.cfg.data.isolate_documents else None
-        return jnp.arange(inputs_BT.shape[1]), isolated, inputs_BT > 0
+        isolate = self.cfg.data.isolate_documents
+        isolated = objective.isolated(inputs_BT, isolate_documents=isolate)
+        return jnp.arange(inputs_BT.shape[1]), isolated, inputs_BT != 0
 
     def _of(self, slot: Slot) -> tuple[Any, Any]:
         """A layer's parameters and router bias."""
@@ -128,7 +129,7 @@ class Stage:
         h_BTD = rms_norm(x_BTD, ends["norm"], cfg.model.norm_eps)
         hidden, stats = [h_BTD], []
         for k in range(1, cfg.model.mtp_depth + 1):
-            known_BT = known(segments_BS > 0, k)
+            known_BT = known(segments_BS != 0, k)
             name = f"mtp_layers_{k - 1}"
             module = MTPModule(cfg.model, cfg.numerics, self.rules, parent=None)
             variables = {"params": ends[name], "router_state": self.router_state[name]}

@@ -62,8 +62,12 @@ def quantize(
     `(tile,)` or `(1, tile)` for `1 x tile`, `(tile, 1)` for `tile x 1`, `(block, block)`.
     """
     with jax.named_scope("quantize"):
-        scales = scales_of(peaks_of(x, tile), power_of_two=power_of_two, floor=floor)
-        return with_scales(x, unfused(scales), tile)
+        parts, inner = _tiled(x, tile)
+        # Dimensions are kept: without them XLA for GPU lays out all layers' weights anew in every
+        # tick of a pipeline, a tenth more memory and a third more traffic in the full model.
+        peak = jnp.max(jnp.abs(parts), axis=inner, keepdims=True)
+        scales = scales_of(peak, power_of_two=power_of_two, floor=floor)
+        return _coded(parts, unfused(scales), inner, x.shape)
 
 
 def peaks_of(x: jax.Array, tile: tuple[int, ...]) -> jax.Array:
@@ -75,8 +79,15 @@ def peaks_of(x: jax.Array, tile: tuple[int, ...]) -> jax.Array:
 def with_scales(x: jax.Array, scales: jax.Array, tile: tuple[int, ...]) -> Quantized:
     """`x` over the scale of its tile."""
     parts, inner = _tiled(x, tile)
-    codes = to_e4m3(parts.astype(jnp.float32) / jnp.expand_dims(scales, inner))
-    return Quantized(_whole(codes, inner, x.shape), scales)
+    return _coded(parts, jnp.expand_dims(scales, inner), inner, x.shape)
+
+
+def _coded(
+    parts: jax.Array, scales: jax.Array, inner: tuple[int, ...], shape: tuple[int, ...]
+) -> Quantized:
+    """The parts of `_tiled` over scales that have their dimensions."""
+    codes = to_e4m3(parts.astype(jnp.float32) / scales)
+    return Quantized(_whole(codes, inner, shape), scales.squeeze(inner))
 
 
 def to_e4m3(x: jax.Array) -> jax.Array:
