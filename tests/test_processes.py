@@ -510,8 +510,14 @@ def settings(*values: str) -> list[str]:
     return [word for value in values for word in ("--set", value)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("n", "mesh"), [(4, "data"), (4, "expert"), (2, "expert")])
+@pytest.mark.parametrize(
+    ("n", "mesh"),
+    [
+        pytest.param(4, "expert", marks=pytest.mark.slow),
+        pytest.param(4, "data", marks=pytest.mark.exhaustive),
+        pytest.param(2, "expert", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_four_devices_in_order_give_the_run_of_one_process_to_the_last_bit(
     launch: Launch, tmp_path: Path, mesh: str, n: int
 ) -> None:
@@ -523,8 +529,13 @@ def test_four_devices_in_order_give_the_run_of_one_process_to_the_last_bit(
     assert_same_run(tmp_path / "run", one)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", FOUR)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param("expert", marks=pytest.mark.slow),
+        pytest.param("data", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_four_processes_give_nearly_the_run_of_one(
     launch: Launch, tmp_path: Path, mesh: str
 ) -> None:

@@ -78,7 +78,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone() -> None:
         np.testing.assert_allclose(alone.log_probs, of_batch.log_probs, atol=1e-5)
 
 
-@both
+@pytest.mark.parametrize("speculative", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_all_prompts_begin_with_is_read_once(
     speculative: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

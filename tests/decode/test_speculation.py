@@ -59,7 +59,7 @@ def expected_stats(depth: int) -> tuple[int, int]:
     return n_steps, n_accepted
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_greedy_speculation_gives_plain_greedy_tokens(depth: int) -> None:
     rows, wanted = plain()
     assert len({len(row) for row in rows}) > 40

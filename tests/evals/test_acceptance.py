@@ -13,6 +13,7 @@ from v3jax.evals.acceptance import Acceptance, acceptance, overall
 from v3jax.models import load_run
 
 
+@pytest.mark.slow
 def test_the_rate_is_the_engines_on_held_out_beginnings() -> None:
     run = mini.finished()
     (found,) = acceptance(run, n_prompts=4, prompt_tokens=8, new_tokens=12)

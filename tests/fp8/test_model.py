@@ -77,7 +77,13 @@ def test_gradients_are_those_of_the_model_to_some_percents(params: Any) -> None:
     assert 2 * near < ours < 0.1
 
 
-@pytest.mark.parametrize("remat", ["report", "full"])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param("report", marks=pytest.mark.slow),
+        pytest.param("full", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_policies_give_the_same_gradients(params: Any, remat: Any) -> None:
     """What is computed again is quantised to the same codes."""
     kept = gradients(make_loss("fp8"), params)

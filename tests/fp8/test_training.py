@@ -57,13 +57,12 @@ def apart(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
-        {"n_ranks": 1, "node": 2, "expert": 2},
-        {"n_ranks": 1, "data": 2, "storage": "fsdp"},
-        {"n_ranks": 2, "remat": "report", "expert": 2},
+        pytest.param({"n_ranks": 1, "node": 2, "expert": 2}, marks=pytest.mark.exhaustive),
+        pytest.param({"n_ranks": 1, "data": 2, "storage": "fsdp"}, marks=pytest.mark.slow),
+        pytest.param({"n_ranks": 2, "remat": "report", "expert": 2}, marks=pytest.mark.exhaustive),
     ],
     ids=["experts", "fsdp", "pipeline"],
 )
