@@ -1,12 +1,12 @@
 """Rows of a prepared corpus: packed, mixed, read and resumed, beside what `v3_tiny` eats.
 
-    python -m benchmarks.loader --corpus=DIR [--workers=2]
+    python -m benchmarks.loader --corpus=DIR [--sources=NAME,NAME] [--workers=2]
 
 The corpus is one of `python -m v3jax.data.prepare` or of `python -m benchmarks.prepare --keep`. Its
 documents are packed at 4K by best fit and, for comparison, laid end to end and cut; a million
-documents of the same lengths are packed for time. Then `v3_tiny` trains a few steps on the corpus,
-and the loader gives it rows, with fill-in-the-middle, as fast as it can. Figures go to
-results/loader.json.
+documents of the same lengths are packed for time. Then `v3_tiny` trains a few steps on its own
+corpus, and the loader reads rows for it of this one, with fill-in-the-middle, as fast as it can.
+Figures go to results/loader.json.
 """
 
 import os
@@ -25,7 +25,7 @@ from absl import app, flags
 
 from benchmarks.kept import called, keep, markdown
 from v3jax import host, registry
-from v3jax.config import ExperimentConfig
+from v3jax.config import ExperimentConfig, SourceConfig
 from v3jax.data.dataset import Dataset, open_dataset
 from v3jax.data.loader import _mixture, make_loader
 from v3jax.data.packing import make_plan
@@ -34,10 +34,12 @@ from v3jax.metrics import read_rows
 from v3jax.train import run
 
 _CORPUS = flags.DEFINE_string("corpus", None, "A prepared corpus.", required=True)
+_SOURCES = flags.DEFINE_list("sources", [], "Sources of it that are read; all if none is named.")
 _WORKERS = flags.DEFINE_integer("workers", 2, "Processes that read ahead, in the second figure.")
 
 _ROW = 4096 + 1
-_STEPS = 30
+_STEPS = 60
+_BATCHES = 400
 _HEAD = ("", "figure")
 
 
@@ -86,7 +88,11 @@ def _whole(plan: Any, length_N: np.ndarray) -> bool:
 def _experiment(shards: Shards) -> ExperimentConfig:
     """v3_tiny on the corpus."""
     cfg = registry.get("v3_tiny")
-    data = replace(cfg.data, path=str(shards.folder))
+    names = _SOURCES.value or [source.name for source in shards.sources]
+    sources = tuple(
+        SourceConfig(name=name, weight=1.0, path=str(shards.folder / name)) for name in names
+    )
+    data = replace(cfg.data, sources=sources)
     model = replace(cfg.model, vocab_size=max(cfg.model.vocab_size, shards.vocab_size))
     run = replace(cfg.run, eval_every=0, checkpoint_every=0)
     return replace(cfg, data=data, model=model, run=run)
@@ -118,8 +124,10 @@ def resuming(cfg: ExperimentConfig, dataset: Dataset) -> dict[str, Any]:
 
 def speeds(cfg: ExperimentConfig, dataset: Dataset, folder: Path) -> dict[str, Any]:
     """Tokens a second: trained, and read by a thread and by processes."""
-    tokens = _STEPS * cfg.batch.start * cfg.data.seq_len
-    run(replace(cfg, run=replace(cfg.run, total_tokens=float(tokens))), folder / "run")
+    tiny = registry.get("v3_tiny")
+    tokens = _STEPS * tiny.batch.start * tiny.data.seq_len
+    length = replace(tiny.run, total_tokens=float(tokens), eval_every=0, checkpoint_every=0)
+    run(replace(tiny, run=length), folder / "run")
     rows = read_rows(folder / "run" / "metrics.jsonl")[5:]
     eaten = statistics.median(row["tokens_per_second"] for row in rows)
     waited = [row["data_wait_seconds"] for row in rows]
@@ -137,9 +145,9 @@ def speeds(cfg: ExperimentConfig, dataset: Dataset, folder: Path) -> dict[str, A
 def _rate(cfg: ExperimentConfig, dataset: Dataset) -> float:
     with closing(make_loader(cfg, dataset)) as loader:
         batches: Iterator[Any] = iter(loader)
-        list(islice(batches, 3000 if cfg.data.workers else 50))  # until the processes are up
+        list(islice(batches, _BATCHES if cfg.data.workers else 50))  # until processes are up
         before, begun = loader.sequences, time.perf_counter()
-        list(islice(batches, 3000))
+        list(islice(batches, _BATCHES))
         return (loader.sequences - before) * cfg.data.seq_len / (time.perf_counter() - begun)
 
 

@@ -349,6 +349,22 @@ def test_only_rhythm_length_and_devices_may_change() -> None:
     assert {f"run.{name}" for name in names.split()} | mesh | others == MAY_CHANGE
 
 
+def test_a_field_younger_than_a_run_stands_for_its_default(good: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(good, workdir)
+    older = {k: v for k, v in found(good).manifest["config"].items() if k != "data.mixture"}
+    edited(workdir, config=older)
+    assert checkpoint.check_workdir(workdir, CFG) is not None
+    n_sources = len(CFG.data.sources)
+    mixture = ((1e9, (1.0,) * n_sources),)
+    changed = mini.replace(CFG, data=mini.replace(CFG.data, mixture=mixture))
+    with pytest.raises(ValueError, match=r"data\.mixture was \(\), is"):
+        checkpoint.check_workdir(workdir, changed)
+    edited(workdir, config={k: v for k, v in older.items() if k != "data.seq_len"})
+    with pytest.raises(ValueError, match=r"data\.seq_len was absent"):
+        checkpoint.check_workdir(workdir, CFG)
+
+
 def test_groups_of_fields_younger_than_a_run_stand_for_their_defaults(
     good: Path, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import threading
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -323,15 +323,9 @@ def check_workdir(workdir: epath.PathLike, cfg: ExperimentConfig) -> Checkpoint 
 
 
 def _check_same(root: epath.Path, then: dict[str, str], cfg: ExperimentConfig) -> None:
-    groups = {f.name: f.default for f in fields(cfg) if is_dataclass(f.default)}
-    then = {  # what groups of fields stood for that are younger than the run
-        **{
-            k: repr(v)
-            for name, group in groups.items()
-            for k, v in flatten(group, f"{name}.").items()
-        },
-        **then,
-    }
+    # What fields stood for that are younger than the run.
+    held = {".".join(k.split(".")[:n]) for k in then for n in range(1, k.count(".") + 1)}
+    then = {k: repr(v) for k, v in _defaults(cfg).items() if k not in held} | then
     now = {k: repr(v) for k, v in flatten(cfg).items()}
     changed = [
         f"{k} was {then.get(k, 'absent')}, is {now.get(k, 'absent')}"
@@ -342,6 +336,20 @@ def _check_same(root: epath.Path, then: dict[str, str], cfg: ExperimentConfig) -
         raise ValueError(
             f"{root}: holds another experiment ({'; '.join(changed)}); choose another --workdir"
         )
+
+
+def _defaults(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a config's fields that have a default, with it."""
+    found: dict[str, Any] = {}
+    for field in fields(cfg):
+        name, value = f"{prefix}{field.name}", getattr(cfg, field.name)
+        if is_dataclass(field.default):
+            found |= flatten(field.default, f"{name}.")
+        elif field.default is not MISSING:
+            found[name] = field.default
+        elif is_dataclass(value):
+            found |= _defaults(value, f"{name}.")
+    return found
 
 
 def restore(checkpoint: Checkpoint, target: TrainState) -> TrainState:
