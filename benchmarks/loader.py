@@ -9,6 +9,7 @@ corpus, and the loader reads rows for it of this one, with fill-in-the-middle, a
 Figures go to results/loader.json.
 """
 
+import math
 import os
 import statistics
 import tempfile
@@ -90,7 +91,8 @@ def _experiment(shards: Shards) -> ExperimentConfig:
     cfg = registry.get("v3_tiny")
     names = _SOURCES.value or [source.name for source in shards.sources]
     sources = tuple(
-        SourceConfig(name=name, weight=1.0, path=str(shards.folder / name)) for name in names
+        SourceConfig(name=name, weight=1.0, path=str(shards.folder / name), max_mb=math.inf)
+        for name in names
     )
     data = replace(cfg.data, sources=sources)
     model = replace(cfg.model, vocab_size=max(cfg.model.vocab_size, shards.vocab_size))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kept import kept, markdown
 from v3jax import registry
 from v3jax.pipeline.schedule import SCHEDULES, reported_bubble, with_waiting
 from v3jax.pipeline.table import make_table
@@ -61,6 +62,31 @@ def test_tables_of_compiled_steps_are_those_of_the_kept_results(readme: str, rep
     assert len(tables) == 10
     for table in tables:
         assert table in readme
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("prepare", "domains"), ("tokenizer", "bytes a token")]
+)
+def test_tables_of_the_corpus_are_those_of_the_kept_results(
+    readme: str, name: str, table: str
+) -> None:
+    rows = kept(name)[table]
+    assert len(rows) > 10
+    assert markdown(list(rows[0]), [list(row.values()) for row in rows]) in readme
+
+
+def test_figures_of_the_loader_are_those_of_the_kept_results(readme: str) -> None:
+    found = kept("loader")
+    said = " ".join(readme.split())
+    for words in (
+        f"best fit pads {found['best fit: padding']:.3%} of a 4K row",
+        f"end to end cuts {found['end to end: documents cut that fit a row']:.0%} of them",
+        f"packed in {found['1M documents packed, s']:.1f} s",
+        f"in {found['resume at any position, s, the slowest of 10']:.2f} s",
+        f"{found['a thread, times what is trained']:.0f} times the tokens",
+        f"two processes {found['2 processes, times what is trained']:.0f} times",
+    ):
+        assert words in said, words
 
 
 def test_evaluation_figures_are_those_of_the_kept_results(readme: str, repo: Path) -> None:
