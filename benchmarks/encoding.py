@@ -13,6 +13,7 @@ from pathlib import Path
 
 from absl import app, flags
 
+from benchmarks.kept import called, keep
 from v3jax.config import SourceConfig
 from v3jax.data.sources import read
 from v3jax.data.tokenizer import load_tokenizer
@@ -37,6 +38,12 @@ def main(argv: list[str]) -> None:
     plain, slow = _timed(lambda: tokenizer.encode_plain(texts))
     found, fast = _timed(lambda: tokenizer.encode_batch(texts))
     print(f"{size / 1e6:.1f} MB, {sum(map(len, plain)):,} ids, the same: {found == plain}")
+    found_rates = {
+        "same_ids": found == plain,
+        "tokenizers, MB/s": size / 1e6 / slow,
+        "in bulk, MB/s": size / 1e6 / fast,
+    }
+    keep("encoding", called("encoding"), found_rates)
     print(f"tokenizers {size / 1e6 / slow:.2f} MB/s, in bulk {size / 1e6 / fast:.2f} MB/s: "
           f"{slow / fast:.2f} times as fast")  # fmt: skip
 

@@ -156,14 +156,16 @@ def main(argv: list[str]) -> None:
         seconds = time.monotonic() - begun
         index = json.loads((root / "out" / "index.json").read_text(encoding="utf-8"))
         found = shares(root, planted)
+        begun = time.monotonic()
         same = killed_and_resumed(cfg, root) if _AGAIN.value else None
+        again = time.monotonic() - begun
     rows = table(index)
     print(markdown(_HEAD, rows))
     for name, one in found.items():
         print(f"planted {name}: {one['removed']} of {one['planted']} removed ({one['share']:.2%})")
     print(f"{seconds:.0f} s with {_WORKERS.value} workers, on a machine shared with others or not")
     if same is not None:
-        print(f"killed with 1 worker and finished with 2, the same bytes: {same}")
+        print(f"killed with 1 worker, finished with 2: {again:.0f} s, the same bytes: {same}")
     keep(
         "prepare",
         called("prepare"),

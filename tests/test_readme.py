@@ -85,8 +85,42 @@ def test_figures_of_the_loader_are_those_of_the_kept_results(readme: str) -> Non
         f"in {found['resume at any position, s, the slowest of 10']:.2f} s",
         f"{found['a thread, times what is trained']:.0f} times the tokens",
         f"two processes {found['2 processes, times what is trained']:.0f} times",
+        f"a step waits {1000 * found['waits for data, s a step, median']:.1f} ms",
     ):
         assert words in said, words
+    assert found["mixture: largest distance from its weight"] < 1e-4  # "within 0.01%"
+
+
+def test_figures_of_the_corpus_are_those_of_the_kept_results(readme: str) -> None:
+    said = " ".join(readme.split())
+    prepared, tokenizer, encoding = map(kept, ("prepare", "tokenizer", "encoding"))
+    documents = [int(row["documents read"].replace(",", "")) for row in prepared["domains"]]
+    removed = [f"{one['removed']:,} of {one['planted']:,}" for one in prepared["planted"].values()]
+    assert encoding["same_ids"]
+    for words in (
+        f"{sum(float(row['MB read']) for row in prepared['domains']):.0f} MB of real text",
+        f"{sum(documents):,} documents of which {documents[-1]:,} are planted",
+        f"exact copies {removed[0]} were removed",
+        f"words changed) {removed[1]}",
+        f"in disguise {removed[2]}",
+        f"{tokenizer['ids']:,} ids takes {tokenizer['seconds']:.0f} s to train on "
+        f"{tokenizer['megabytes']:.0f} MB",
+        f"{encoding['in bulk, MB/s'] / encoding['tokenizers, MB/s']:.1f} times as fast, "
+        f"{encoding['in bulk, MB/s']:.1f} MB/s on two cores",
+    ):
+        assert words in said, words
+
+
+def test_losses_in_fp8_are_those_of_the_claims(readme: str, repo: Path) -> None:
+    claims = (repo / "benchmarks" / "results" / "claims.md").read_text(encoding="utf-8")
+    (row,) = (line for line in claims.splitlines() if "loss in FP8 stays near" in line)
+    one, two, three = re.findall(r"[\d.]+%", row.split(" by seed")[0])[-3:]
+    said = " ".join(readme.split())
+    assert f"apart by at most {one}, {two} and {three}" in said
+    (chance,) = re.findall(r"FP32 for BF16: ([\d.]+%)", row)
+    assert f"FP32 is {chance} from BF16" in said
+    (difference,) = re.findall(r"held-out loss \+([\d.]+ ± [\d.]+)", row)
+    assert f"held-out losses are {difference} apart" in said
 
 
 def test_evaluation_figures_are_those_of_the_kept_results(readme: str, repo: Path) -> None:

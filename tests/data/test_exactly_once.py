@@ -103,7 +103,6 @@ def test_no_row_is_drawn_twice_or_lost_whoever_reads_and_whoever_is_killed(folde
             process.join()
         state = json.loads((folder / f"state-{phase}").read_text())
         drawn = [_drawn(folder / f"drawn-{phase}-{rank}") for rank in range(n)]
-        assert not set.intersection(*map(set, drawn)) or n == 1
         for place, name in (item for one in drawn for item in one.items()):
             if begun <= place < state["sequences"]:
                 assert place not in kept

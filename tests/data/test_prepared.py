@@ -13,7 +13,7 @@ import pytest
 from tests.data import corpus_on_disk, small
 from v3jax import config
 from v3jax.config import ExperimentConfig
-from v3jax.data import fim, prepared
+from v3jax.data import fim, loader, prepared
 from v3jax.data.dataset import Dataset, open_dataset
 from v3jax.data.loader import make_loader
 from v3jax.data.packing import pack
@@ -228,6 +228,26 @@ def test_what_was_damaged_before_a_file_was_named_is_written_too(
     with pytest.raises(ValueError, match="3 documents cannot be read"):
         again.add(source.train, 4, "worse")
     assert len(file.read_text().splitlines()) == 3
+
+
+def test_what_a_copy_finds_is_counted_and_written_by_the_run(corpus: Path, tmp_path: Path) -> None:
+    """A process that reads ahead has a copy; the budget and the file are the run's."""
+    for shard in (0, 3):
+        corpus_on_disk.damage(corpus, "notes", shard)
+    cfg, dataset = opened(corpus, tmp_path / "cache", max_corrupt=1)
+    mine = make_loader(cfg, dataset)
+    source = loader._MicroBatches(mine._order, 2, [0, 1], 0, dataset.quarantine)
+    there = pickle.loads(pickle.dumps(source))
+    found = [one for i in range(200) for one in there[i][2]]
+    assert len(found) == len({one.key for one in found}) == 2
+    assert dataset.quarantine is not None
+    assert not dataset.quarantine.taken()
+    file = tmp_path / "run" / "quarantine-0.jsonl"
+    dataset.quarantine.keep_in(file)
+    dataset.quarantine.add_all(found[:1])
+    with pytest.raises(ValueError, match=r"2 documents cannot be read, data\.max_corrupt is 1"):
+        dataset.quarantine.add_all(found)
+    assert len(file.read_text().splitlines()) == 2
 
 
 def test_a_mixture_of_other_sources_is_one_line(corpus: Path, tmp_path: Path) -> None:

@@ -51,14 +51,14 @@ class ReadAhead[T]:
           RuntimeError: a process that reads was killed.
         """
         try:
-            item = self._pending.popleft().result()
+            future = self._pending.popleft()
             self._fill()
+            return future.result()
         except BrokenProcessPool:
             raise RuntimeError(
                 "data: a process that reads rows ahead died, perhaps for want of memory; "
                 "--set data.workers=0 reads in a thread"
             ) from None
-        return item
 
     def close(self) -> None:
         """Ends the thread, and the processes when they have read what they are at."""
