@@ -42,9 +42,14 @@ def test_rows_past_the_restored_step_are_dropped(tmp_path: Path) -> None:
     assert loads[-1]["load"] == (LOAD_LE + 8).tolist()
 
 
-def test_tensorboard_drops_them_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [0, 9])  # files of one second differ in it: 10 sorts before 9
+def test_tensorboard_drops_them_too(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
 
+    monkeypatch.setattr(event_file_writer._global_uid, "_value", number, raising=True)
     record(tmp_path, 0, 8)
     record(tmp_path, 5, 9)
     events = EventAccumulator(str(tmp_path / "tensorboard"))

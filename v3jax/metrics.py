@@ -95,6 +95,7 @@ class Events:
 
         self._event: Any = event_pb2  # generated modules: their messages have no annotations
         self._summary: Any = summary_pb2
+        _await_a_new_second(folder)
         self._writer = EventFileWriter(str(folder))
         if first_step:
             self._add(first_step, session_log=self._event.SessionLog(status="START"))
@@ -115,6 +116,13 @@ class Events:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _await_a_new_second(folder: epath.Path) -> None:
+    """TensorBoard reads event files by name, which orders them only by the second they began in."""
+    now = time.time()
+    if any(folder.glob(f"events.out.tfevents.{int(now):010d}.*")):
+        time.sleep(int(now) + 1 - now)
 
 
 class Recorder:
