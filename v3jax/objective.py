@@ -17,6 +17,7 @@ from flax import struct
 from v3jax.config import ExperimentConfig
 from v3jax.model.moe import RouterStats
 from v3jax.model.transformer import Output, Transformer, head_weight
+from v3jax.ops import zigzag
 from v3jax.ops.accumulate import Sink
 from v3jax.ops.loss import linear_cross_entropy
 from v3jax.sharding import ShardingRules, rules_of
@@ -151,7 +152,7 @@ def loss(
         mtp=sum(nlls[1:], start=jnp.zeros(())) / max(depth, 1),
         balance=balance,
         load_LE=stats.load_E,
-        overload=_mean(exchange.overload) * tokens_BS.shape[0] / scale.n_sequences,
+        overload=_mean(exchange.overload) * own_sequences(tokens_BS) / scale.n_sequences,
         extra_passes=exchange.extra_passes.sum(),
         dropped=exchange.dropped.sum(),
     )
@@ -161,14 +162,23 @@ def loss(
 def targets_of(
     cfg: ExperimentConfig, tokens_BS: jax.Array, segments_BS: jax.Array, scale: Scale
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-    """Of the main model and each MTP module: targets and their shares `[B, T]`, and a factor."""
+    """Of the main model and each MTP module: targets and their shares `[B, T]`, and a factor.
+
+    Where devices share rows, of a device's own positions.
+    """
     targets_BT, depth = tokens_BS[:, 1:], cfg.model.mtp_depth
     mask_BT = target_mask(segments_BS, isolate_documents=cfg.data.isolate_documents)
     targets, weights = [targets_BT], [mask_BT / scale.n_targets]
     for k in range(1, depth + 1):
         targets.append(jnp.roll(targets_BT, -k, axis=1))
         weights.append(_mtp_mask(segments_BS, k, cfg.data.isolate_documents) / scale.n_targets)
+    targets, weights = ([zigzag.own(x_BT) for x_BT in of] for of in (targets, weights))
     return targets, weights, [jnp.ones(())] + [scale.mtp_weight / max(depth, 1)] * depth
+
+
+def own_sequences(tokens_BS: jax.Array) -> float:
+    """How many sequences are this device's, parts of those that devices share."""
+    return tokens_BS.shape[0] / zigzag.n_devices()
 
 
 def shares_of(nll_BT: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:
@@ -206,7 +216,8 @@ def eval_loss(
     segments_BS: jax.Array,
     rules: ShardingRules | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed next-token negative log-likelihood in nats and the number of targets, MTP left out."""
+    """Summed next-token negative log-likelihood in nats and the number of targets, MTP left out;
+    of rows that devices share, of a device's own positions."""
     inputs_BT = segments_BS[:, :-1]
     out = apply_model(
         cfg,
@@ -218,10 +229,11 @@ def eval_loss(
         counted_BS=inputs_BT != 0,
     )
     mask_BT = target_mask(segments_BS, isolate_documents=cfg.data.isolate_documents)
+    mask_BT = zigzag.own(mask_BT)
     total, _ = linear_cross_entropy(
         out.hidden_BTD,
         head_weight(cfg.model, cfg.numerics, params, rules or rules_of(cfg)),
-        tokens_BS[:, 1:],
+        zigzag.own(tokens_BS[:, 1:]),
         mask_BT.astype(jnp.float32),
     )
     return total, mask_BT.sum(dtype=jnp.int32)
