@@ -22,6 +22,7 @@ from v3jax.config import (
     MoEConfig,
     PipelineConfig,
     YarnConfig,
+    override,
 )
 from v3jax.sharding import make_mesh
 from v3jax.state import TrainState, state_around, state_shardings
@@ -29,7 +30,8 @@ from v3jax.step import amount_of, amount_specs, make_eval_step, make_train_step
 
 M, B, T = 2, 4, 16
 MODEL = small.config(
-    n_layers=2,
+    n_layers=1,
+    n_dense_layers=0,
     dim=16,
     mtp_depth=1,
     n_experts=16,
@@ -114,11 +116,71 @@ MESHES = {
     "fsdp": MeshConfig(data=2, context=4, storage="fsdp", deterministic=True),
     "whole": MeshConfig(data=2, node=2, context=2, storage="whole"),
 }
+SLOW = {"context 4", "fsdp"}
+
+
+@pytest.mark.parametrize("name", some_slow(MESHES, {"node, context, expert"}, SLOW))
+def test_next_state_is_that_of_one_device(name: str) -> None:
+    metrics = check(experiment(MESHES[name]))
+    assert metrics["rank_overload"] >= 1
+
+
+@pytest.mark.slow
+def test_documents_are_isolated_and_modules_look_two_tokens_ahead() -> None:
+    check(isolated(experiment(MESHES["context 4"], depth=2)))
+
+
+@pytest.mark.exhaustive
+def test_the_batch_loss_is_that_of_the_whole_micro_batch() -> None:
+    cfg = experiment(MESHES["data, context, expert"])
+    balance = replace(cfg.balance, strategy="aux_loss", aux_alpha=0.3, loss_over="batch")
+    assert check(replace(cfg, balance=balance))["balance_loss"] > 0.1
+
+
+@pytest.mark.exhaustive
+def test_collapsed_routing_takes_extra_passes_and_changes_nothing() -> None:
+    cfg = experiment(MESHES["node, context, expert"], moe=MoEConfig(dispatch_chunks=3))
+    metrics = check(cfg, bias=9.0)
+    assert metrics["extra_passes"] > 0
+    assert metrics["rank_overload"] > 1.9
+
+
+PIPES = {
+    "dualpipe": (MeshConfig(pipe=2, context=2), {"most_waiting": 0, "pair_time": 2.0}),
+    "1f1b": (MeshConfig(pipe=2, node=2, context=2), {"schedule": "1f1b"}),
+    "masked": (MeshConfig(pipe=2, data=2, context=2), {"mode": "masked"}),
+}
+
+
+@pytest.mark.parametrize("name", some_slow(PIPES, {"dualpipe"}, set()))
+def test_a_pipeline_computes_the_same(name: str) -> None:
+    mesh, how = PIPES[name]
+    cfg = experiment(mesh, pipeline=PipelineConfig(**how))
+    cfg = replace(cfg, model=replace(cfg.model, n_layers=2, n_dense_layers=1))
+    numerics = replace(cfg.numerics, remat="full")
+    check(isolated(replace(cfg, numerics=numerics)))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("remat", ["report", "full"])
+def test_recomputation_changes_nothing(remat: Any) -> None:
+    cfg = experiment(MESHES["context 4"])
+    check(replace(cfg, numerics=replace(cfg.numerics, remat=remat)))
 
 
 @pytest.mark.parametrize(
-    "name", some_slow(MESHES, {"node, context, expert"}, {"context 4", "fsdp"})
+    ("assignments", "message"),
+    [
+        (
+            ["model.n_experts=24", "mesh.context=3"],
+            r"mesh.context: 3 .* data.seq_len=16 into 6 equ",
+        ),
+        (["mesh.context=16"], r"mesh.context: 16 devices do not cut data.seq_len=16 into 32 equa"),
+        (["mesh.context=5"], r"mesh: node=1 x context=5 x expert=1 devices do not divide model"),
+        (["model.mtp_depth=2", "mesh.context=8"], r"mesh.context: pieces of 1 positions are short"),
+        (["mesh.context=0"], r"mesh.context: must be at least 1"),
+    ],
 )
-def test_next_state_is_that_of_one_device(name: str) -> None:
-    metrics = check(experiment(MESHES[name]))
-    np.testing.assert_array_less(0.99, metrics["rank_overload"])
+def test_what_devices_cannot_share_is_refused(assignments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        override(experiment(MeshConfig()), assignments)

@@ -62,7 +62,7 @@ class MLA(Module):
         fp8 = fp8_of(self.numerics)
         if zigzag.n_devices() > 1:
             assert ends_BT is None, "trees are for inference"
-            form = Form(scale, nope, rot, fp8, self.rules.deterministic)
+            form = Form(scale, nope, fp8, self.rules.deterministic)
             latent_BTY = jnp.concatenate([kv_latent_BTL, k_rope_BTR], axis=-1)
             out_BTHV, cached = shared_attention(form, q_BTHK, latent_BTY, kv_b, segments_BT)
             return self._out(out_BTHV, o, cached)

@@ -3,15 +3,16 @@
 What travels is what a decoder would cache: of a token the normalised latent and the rotated key
 that all heads share, 576 numbers where keys and values are 40,960. Every device gathers them and
 makes keys and values of one piece of the row at a time; those of 128K tokens would be 10 GB.
-By the order of `ops.zigzag` each device meets exactly 2C + 1 pairs of pieces, one after the other
-in a loop, and in each pair chunks of queries meet chunks of keys. The backward pass makes keys,
-values and scores again, from the latents and the saved log-sum-exp.
+By the order of `ops.zigzag` each device meets exactly 2C + 1 pairs of pieces: its two with
+themselves, which is causal attention, and 2C - 1 with an earlier piece, which is seen as a whole.
+A fused kernel computes a pair where there is one (`kernels.attention`), and the results of a piece
+of queries are joined by their log-sum-exps. The backward pass makes keys and values again.
 
 There is no ring of permutes: in a pipeline only some ranks run a layer at a time, and all devices
 of a mesh would have to meet for one.
-Dims: B batch, t positions of a device, P of a piece, C of a chunk, N chunks of a device (half of
-them its early piece's), M of a piece, J pieces of the row, H heads, K key dim, R of it rotated,
-V value dim, L latent, Y = L + R.
+Dims: B batch, t positions of a device, P of a piece, C of a chunk, N chunks of a piece, J pieces of
+the row, H heads, K key dim, V value dim, L latent, Y = L + rotary key; 2 halves of a device, the
+early and the late.
 """
 
 import functools
@@ -24,14 +25,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from v3jax.config import Fp8Config
-from v3jax.ops import zigzag
+from v3jax.ops import blocks, zigzag
 from v3jax.ops.attention import kept_output, restored_output
 from v3jax.ops.fp8 import linear
 from v3jax.ops.fp8.quantize import Packed
-from v3jax.ops.precision import wide, widen
+from v3jax.ops.precision import wide
 from v3jax.sharding import reduce_scatter
-
-_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ class Form:
     scale: float
     nope: int
     """Part of a key without position, which comes first of a head's columns in `kv_b`."""
-    rot: int
     fp8: Fp8Config | None
     """How keys and values are multiplied in FP8; the output is then kept in E5M6."""
     deterministic: bool
@@ -107,18 +105,16 @@ def _place(piece: jax.Array) -> jax.Array:
 
 
 def _pair(s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of the pair number s: which half of the device's queries, its piece, the keys' piece."""
-    mine, early = zigzag.pieces(), zigzag.pieces()[0]
-    late = s > early
-    return (
-        late.astype(jnp.int32),
-        jnp.where(late, mine[1], early),
-        jnp.where(late, s - early - 1, s),
-    )
+    """Of the pair number s of different pieces: the half and the piece of the queries, the piece of
+    the keys."""
+    mine = zigzag.pieces()
+    late = s >= mine[0]
+    half = late.astype(jnp.int32)
+    return half, mine[half], jnp.where(late, s - mine[0], s)
 
 
-def _n_pairs() -> int:
-    return 2 * zigzag.n_devices() + 1
+def _n_earlier() -> int:
+    return 2 * zigzag.n_devices() - 1
 
 
 def _product(form: Form, x_BPL: jax.Array, w_LO: jax.Array) -> jax.Array:
@@ -139,76 +135,55 @@ def _product_gradients(
 
 
 def _keys_values(
-    form: Form, latent_BPY: jax.Array, kv_b_LO: jax.Array, n_heads: int, size: int
+    form: Form, latent_BPY: jax.Array, kv_b_LO: jax.Array, n_heads: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Keys `[M, B, H, C, K]` and values `[M, B, H, C, V]` of a piece, in chunks of `size`."""
+    """Keys `[B, P, H, K]` and values `[B, P, H, V]` of a piece."""
     x_BPL, rope_BPR = jnp.split(latent_BPY, [kv_b_LO.shape[0]], axis=-1)
-    kv_BPHO = _product(form, x_BPL, kv_b_LO)
-    kv_BPHO = kv_BPHO.reshape(*kv_BPHO.shape[:2], n_heads, -1)
-    rope_BPHR = jnp.broadcast_to(rope_BPR[:, :, None], (*kv_BPHO.shape[:3], form.rot))
-    k_BPHK = jnp.concatenate([kv_BPHO[..., : form.nope], rope_BPHR], axis=-1)
-    return _chunked(k_BPHK, size), _chunked(kv_BPHO[..., form.nope :], size)
+    kv_BPO = _product(form, x_BPL, kv_b_LO)
+    kv_BPHO = kv_BPO.reshape(*kv_BPO.shape[:2], n_heads, -1)
+    rope_BPHR = jnp.broadcast_to(rope_BPR[:, :, None], (*kv_BPHO.shape[:3], rope_BPR.shape[-1]))
+    return jnp.concatenate([kv_BPHO[..., : form.nope], rope_BPHR], -1), kv_BPHO[..., form.nope :]
 
 
 def _latent_gradients(
     form: Form,
     latent_BPY: jax.Array,
     kv_b_LO: jax.Array,
-    dk_MBHCK: jax.Array,
-    dv_MBHCV: jax.Array,
+    dk_BPHK: jax.Array,
+    dv_BPHV: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of a piece's latents and of `kv_b`, as wide as sums are."""
-    dk_BPHK, dv_BPHV = _joined(dk_MBHCK), _joined(dv_MBHCV)
     dkv_BPHO = jnp.concatenate([dk_BPHK[..., : form.nope], dv_BPHV], axis=-1)
-    dkv_BPO = dkv_BPHO.reshape(*dkv_BPHO.shape[:2], -1).astype(latent_BPY.dtype)
+    dkv_BPO = dkv_BPHO.reshape(*dkv_BPHO.shape[:2], -1)
     x_BPL = latent_BPY[..., : kv_b_LO.shape[0]]
     dx_BPL, dkv_b_LO = _product_gradients(form, x_BPL, kv_b_LO, dkv_BPO)
-    drope_BPR = dk_BPHK[..., form.nope :].sum(2)
+    drope_BPR = jnp.sum(dk_BPHK[..., form.nope :], 2, dtype=wide(dk_BPHK))
     return jnp.concatenate([dx_BPL.astype(drope_BPR.dtype), drope_BPR], axis=-1), dkv_b_LO
 
 
-# ---- Chunks of a piece
-
-
-def _chunk(piece: int) -> int:
-    """The largest part of a piece that divides it, up to `_CHUNK`."""
-    return next(size for size in range(min(piece, _CHUNK), 0, -1) if piece % size == 0)
-
-
-def _chunked(x_BTHK: jax.Array, size: int) -> jax.Array:
-    """`[B, T, H, K] -> [T / C, B, H, C, K]`."""
-    batch, _, n_heads, dim = x_BTHK.shape
-    return x_BTHK.reshape(batch, -1, size, n_heads, dim).transpose(1, 0, 3, 2, 4)
-
-
-def _joined(x_NBHCK: jax.Array) -> jax.Array:
-    """`_chunked`'s mirror."""
-    n, batch, n_heads, size, dim = x_NBHCK.shape
-    return x_NBHCK.transpose(1, 0, 3, 2, 4).reshape(batch, n * size, n_heads, dim)
-
-
-def _scores(
-    form: Form,
-    q_BHCK: jax.Array,
-    k_BHCK: jax.Array,
-    segments_BT: jax.Array | None,
-    i: jax.Array,
-    j: jax.Array,
-) -> jax.Array:
-    """Of chunk i of the row's queries and chunk j of its keys, -inf where they do not see."""
-    s_BHCC = jnp.einsum("bhck,bhsk->bhcs", q_BHCK, k_BHCK, preferred_element_type=wide(q_BHCK))
-    size = q_BHCK.shape[2]
-    at_C = jnp.arange(size)
-    visible = (i * size + at_C)[:, None] >= j * size + at_C
-    if segments_BT is not None:
-        rows_BC, keys_BC = (
-            lax.dynamic_slice_in_dim(segments_BT, n * size, size, axis=1) for n in (i, j)
-        )
-        visible = (visible & (rows_BC[:, :, None] == keys_BC[:, None, :]))[:, None]
-    return jnp.where(visible, s_BHCC * form.scale, -jnp.inf)
-
-
 # ---- The passes
+
+
+def _halves(x_BtHK: jax.Array) -> jax.Array:
+    """`[B, t, ...] -> [2, B, P, ...]`."""
+    batch, length, *rest = x_BtHK.shape
+    return x_BtHK.reshape(batch, 2, length // 2, *rest).swapaxes(0, 1)
+
+
+def _joined(x_2BPHK: jax.Array) -> jax.Array:
+    """`_halves`' mirror."""
+    _, batch, length, *rest = x_2BPHK.shape
+    return x_2BPHK.swapaxes(0, 1).reshape(batch, 2 * length, *rest)
+
+
+def _segments(
+    segments_BT: jax.Array | None, rows: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, jax.Array] | None:
+    """Those of two pieces."""
+    if segments_BT is None:
+        return None
+    pieces_BJP = segments_BT.reshape(len(segments_BT), 2 * zigzag.n_devices(), -1)
+    return pieces_BJP[:, rows], pieces_BJP[:, keys]
 
 
 def _attention_fwd(
@@ -218,11 +193,11 @@ def _attention_fwd(
     kv_b_LO: jax.Array,
     segments_BT: jax.Array | None,
 ) -> tuple[tuple[jax.Array, Packed | None], Any]:
-    out_BtHV, lse_NBHC = _forward(form, q_BtHK, latent_BtY, kv_b_LO, segments_BT)
+    out_BtHV, lse_2BHP = _forward(form, q_BtHK, latent_BtY, kv_b_LO, segments_BT)
     kept = kept_output(out_BtHV, form.how)
-    lse_NBHC = checkpoint_name(lse_NBHC, "attention_lse")
+    lse_2BHP = checkpoint_name(lse_2BHP, "attention_lse")
     out = (kept, None) if form.how is None else (out_BtHV, kept)
-    return out, (q_BtHK, latent_BtY, kv_b_LO, segments_BT, kept, lse_NBHC)
+    return out, (q_BtHK, latent_BtY, kv_b_LO, segments_BT, kept, lse_2BHP)
 
 
 def _forward(
@@ -232,107 +207,65 @@ def _forward(
     kv_b_LO: jax.Array,
     segments_BT: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The output and the log-sum-exp of the scores `[N, B, H, C]`."""
-    batch, length, n_heads, _ = q_BtHK.shape
-    size = _chunk(length // 2)
-    n, kind = length // 2 // size, wide(q_BtHK)
-    latent_JBPY, q_NBHCK = _gathered(latent_BtY), _chunked(q_BtHK, size)
-    value = kv_b_LO.shape[1] // n_heads - form.nope
+    """The output and the log-sum-exp of the scores `[2, B, H, P]`."""
+    n_heads, kind = q_BtHK.shape[2], wide(q_BtHK)
+    q_2BPHK, own_2BPY = _halves(q_BtHK), _halves(latent_BtY)
+    latent_JBPY, mine = _gathered(latent_BtY), zigzag.pieces()
 
-    def pair(s: jax.Array, state: Any) -> Any:
+    def itself(half: jax.Array) -> tuple[jax.Array, jax.Array]:
+        k, v = _keys_values(form, own_2BPY[half], kv_b_LO, n_heads)
+        segments = _segments(segments_BT, mine[half], mine[half])
+        out, lse = blocks.attend(q_2BPHK[half], k, v, segments, form.scale, causal=True)
+        return out.astype(kind), lse
+
+    def earlier(s: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         half, rows, keys = _pair(s)
-        k_MBHCK, v_MBHCV = _keys_values(form, latent_JBPY[_place(keys)], kv_b_LO, n_heads, size)
+        k, v = _keys_values(form, latent_JBPY[_place(keys)], kv_b_LO, n_heads)
+        segments = _segments(segments_BT, rows, keys)
+        found = blocks.attend(q_2BPHK[half], k, v, segments, form.scale, causal=False)
+        out, lse = blocks.merged((state[0][half], state[1][half]), found)
+        return state[0].at[half].set(out), state[1].at[half].set(lse)
 
-        def chunk(a: jax.Array, state: Any) -> Any:
-            at = half * n + a
-            q_BHCK = q_NBHCK[at]
-
-            def add(b: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                top_BHC, sum_BHC, out_BHCV = carry
-                s_BHCC = _scores(form, q_BHCK, k_MBHCK[b], segments_BT, rows * n + a, keys * n + b)
-                new_BHC = jnp.maximum(top_BHC, s_BHCC.max(-1))
-                # Nothing visible yet: any finite number serves, as exp(-inf) is 0.
-                safe_BHC = jnp.where(jnp.isfinite(new_BHC), new_BHC, 0)
-                shrink_BHC = jnp.exp(top_BHC - safe_BHC)
-                p_BHCC = jnp.exp(s_BHCC - safe_BHC[..., None])
-                v_BHCV = v_MBHCV[b]
-                out = jnp.einsum(
-                    "bhcs,bhsv->bhcv",
-                    p_BHCC.astype(v_BHCV.dtype),
-                    v_BHCV,
-                    preferred_element_type=kind,
-                )
-                return (
-                    new_BHC,
-                    sum_BHC * shrink_BHC + p_BHCC.sum(-1),
-                    out_BHCV * shrink_BHC[..., None] + out,
-                )
-
-            carry = lax.fori_loop(0, n, add, tuple(x[at] for x in state))
-            return tuple(x.at[at].set(y) for x, y in zip(state, carry, strict=True))
-
-        return lax.fori_loop(0, n, chunk, state)
-
-    rows = (2 * n, batch, n_heads, size)
-    start = (jnp.full(rows, -jnp.inf, kind), jnp.zeros(rows, kind), jnp.zeros((*rows, value), kind))
-    top_NBHC, sum_NBHC, out_NBHCV = lax.fori_loop(0, _n_pairs(), pair, start)
-    out_NBHCV = (out_NBHCV / sum_NBHC[..., None]).astype(q_BtHK.dtype)
-    return _joined(out_NBHCV), top_NBHC + jnp.log(sum_NBHC)
+    state = lax.map(itself, jnp.arange(2))
+    out_2BPHV, lse_2BHP = lax.fori_loop(0, _n_earlier(), earlier, state)
+    return _joined(out_2BPHV.astype(q_BtHK.dtype)), lse_2BHP
 
 
 def _attention_bwd(
     form: Form, residuals: Any, cotangents: tuple[jax.Array, Any]
-) -> tuple[Any, ...]:
-    q_BtHK, latent_BtY, kv_b_LO, segments_BT, kept, lse_NBHC = residuals
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q_BtHK, latent_BtY, kv_b_LO, segments_BT, kept, lse_2BHP = residuals
     dout_BtHV = cotangents[0]
-    out_BtHV = restored_output(kept, dout_BtHV, form.how)
-    _, length, n_heads, _ = q_BtHK.shape
-    size = _chunk(length // 2)
-    n, kind = length // 2 // size, wide(q_BtHK)
-    delta_BtH1 = jnp.sum(widen(dout_BtHV) * widen(out_BtHV), axis=-1, keepdims=True)
-    delta_NBHC = _chunked(delta_BtH1, size)[..., 0]
-    latent_JBPY = _gathered(latent_BtY)
-    q_NBHCK, dout_NBHCV = _chunked(q_BtHK, size), _chunked(dout_BtHV, size)
+    out_2BPHV = _halves(restored_output(kept, dout_BtHV, form.how))
+    n_heads, kind = q_BtHK.shape[2], wide(q_BtHK)
+    q_2BPHK, dout_2BPHV = _halves(q_BtHK), _halves(dout_BtHV)
+    latent_JBPY, mine = _gathered(latent_BtY), zigzag.pieces()
 
-    def pair(s: jax.Array, carry: Any) -> Any:
-        dq_NBHCK, dlatent_JBPY, dkv_b_LO = carry
-        half, rows, keys = _pair(s)
-        latent_BPY = latent_JBPY[_place(keys)]
-        k_MBHCK, v_MBHCV = _keys_values(form, latent_BPY, kv_b_LO, n_heads, size)
-
-        def chunk(a: jax.Array, carry: Any) -> Any:
-            dq_NBHCK, dk_MBHCK, dv_MBHCV = carry
-            at = half * n + a
-            q_BHCK, dout_BHCV = q_NBHCK[at], dout_NBHCV[at]
-
-            def add(b: jax.Array, carry: Any) -> Any:
-                dq_BHCK, dk_MBHCK, dv_MBHCV = carry
-                k_BHCK, v_BHCV = k_MBHCK[b], v_MBHCV[b]
-                s_BHCC = _scores(form, q_BHCK, k_BHCK, segments_BT, rows * n + a, keys * n + b)
-                p_BHCC = jnp.exp(s_BHCC - lse_NBHC[at][..., None])
-                dp_BHCC = jnp.einsum(
-                    "bhcv,bhsv->bhcs", dout_BHCV, v_BHCV, preferred_element_type=kind
-                )
-                ds_BHCC = p_BHCC * (dp_BHCC - delta_NBHC[at][..., None]) * form.scale
-                ds_BHCC, p_BHCC = ds_BHCC.astype(q_BHCK.dtype), p_BHCC.astype(v_BHCV.dtype)
-                dq = jnp.einsum("bhcs,bhsk->bhck", ds_BHCC, k_BHCK, preferred_element_type=kind)
-                dk = jnp.einsum("bhcs,bhck->bhsk", ds_BHCC, q_BHCK, preferred_element_type=kind)
-                dv = jnp.einsum("bhcs,bhcv->bhsv", p_BHCC, dout_BHCV, preferred_element_type=kind)
-                return dq_BHCK + dq, dk_MBHCK.at[b].add(dk), dv_MBHCV.at[b].add(dv)
-
-            start = (dq_NBHCK[at], dk_MBHCK, dv_MBHCV)
-            dq_BHCK, dk_MBHCK, dv_MBHCV = lax.fori_loop(0, n, add, start)
-            return dq_NBHCK.at[at].set(dq_BHCK), dk_MBHCK, dv_MBHCV
-
-        zeros = (jnp.zeros(x.shape, kind) for x in (k_MBHCK, v_MBHCV))
-        dq_NBHCK, dk, dv = lax.fori_loop(0, n, chunk, (dq_NBHCK, *zeros))
+    def pair(half: jax.Array, rows: jax.Array, keys: jax.Array, sums: Any, *, causal: bool) -> Any:
+        dq_2BPHK, dlatent_JBPY, dkv_b_LO = sums
+        place = _place(keys)
+        latent_BPY = latent_JBPY[place]
+        k, v = _keys_values(form, latent_BPY, kv_b_LO, n_heads)
+        segments = _segments(segments_BT, rows, keys)
+        done = (out_2BPHV[half], lse_2BHP[half])
+        dq, dk, dv = blocks.gradients(
+            q_2BPHK[half], k, v, segments, done, dout_2BPHV[half], form.scale, causal=causal
+        )
         dlatent, dkv_b = _latent_gradients(form, latent_BPY, kv_b_LO, dk, dv)
-        return dq_NBHCK, dlatent_JBPY.at[_place(keys)].add(dlatent), dkv_b_LO + dkv_b
+        dq_2BPHK = dq_2BPHK.at[half].add(dq.astype(kind))
+        return dq_2BPHK, dlatent_JBPY.at[place].add(dlatent), dkv_b_LO + dkv_b
 
-    start = tuple(jnp.zeros(x.shape, kind) for x in (q_NBHCK, latent_JBPY, kv_b_LO))
-    dq_NBHCK, dlatent_JBPY, dkv_b_LO = lax.fori_loop(0, _n_pairs(), pair, start)
+    def itself(half: jax.Array, sums: Any) -> Any:
+        return pair(half, mine[half], mine[half], sums, causal=True)
+
+    def earlier(s: jax.Array, sums: Any) -> Any:
+        return pair(*_pair(s), sums, causal=False)
+
+    sums = tuple(jnp.zeros(x.shape, kind) for x in (q_2BPHK, latent_JBPY, kv_b_LO))
+    sums = lax.fori_loop(0, 2, itself, sums)
+    dq_2BPHK, dlatent_JBPY, dkv_b_LO = lax.fori_loop(0, _n_earlier(), earlier, sums)
     dlatent_BtY = _scattered(form, dlatent_JBPY).astype(latent_BtY.dtype)
-    dq_BtHK = _joined(dq_NBHCK.astype(q_BtHK.dtype))
+    dq_BtHK = _joined(dq_2BPHK.astype(q_BtHK.dtype))
     return dq_BtHK, dlatent_BtY, dkv_b_LO.astype(kv_b_LO.dtype), None
 
 
