@@ -152,7 +152,7 @@ def loss(
         mtp=sum(nlls[1:], start=jnp.zeros(())) / max(depth, 1),
         balance=balance,
         load_LE=stats.load_E,
-        overload=_mean(exchange.overload) * own_sequences(tokens_BS) / scale.n_sequences,
+        overload=_mean(exchange.overload) * own_sequences(tokens_BS.shape[0]) / scale.n_sequences,
         extra_passes=exchange.extra_passes.sum(),
         dropped=exchange.dropped.sum(),
     )
@@ -176,9 +176,9 @@ def targets_of(
     return targets, weights, [jnp.ones(())] + [scale.mtp_weight / max(depth, 1)] * depth
 
 
-def own_sequences(tokens_BS: jax.Array) -> float:
-    """How many sequences are this device's, parts of those that devices share."""
-    return tokens_BS.shape[0] / zigzag.n_devices()
+def own_sequences(n_rows: int) -> float:
+    """How many of its rows are a device's own: its parts of those that devices share, together."""
+    return n_rows / zigzag.n_devices()
 
 
 def shares_of(nll_BT: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:

@@ -4,6 +4,7 @@ On TPU it is JAX's splash attention (Pallas), on Hopper GPUs cuDNN's; neither fo
 a whole sequence. Dims: B batch, T time, H heads, K key dim, V value dim.
 """
 
+import functools
 import re
 from typing import Any, cast
 
@@ -144,16 +145,17 @@ def block_gradients_on_tpu(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `ops.blocks.gradients`."""
     kernel = _splash(*q_BPHK.shape[1:3], causal=causal, interpret=interpret)
-    names = ("save_residuals", "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name")
-    names = (*names, "mask_function", "attn_logits_soft_cap", "interpret")
-    fixed = tuple(kernel.kwargs[name] for name in names)
+    names = ("mask_value", "is_mqa", "block_sizes", "mask_function", "attn_logits_soft_cap")
+    fixed: dict[str, Any] = {name: kernel.kwargs[name] for name in (*names, "interpret")}
+    backward = functools.partial(
+        splash._splash_attention_bwd, save_residuals=False, residual_checkpoint_name=None, **fixed
+    )
 
     def one(q: jax.Array, k: jax.Array, v: jax.Array, ids: Segments, *rest: jax.Array) -> Any:
         out, lse, dout = rest
         segment_ids = None if ids is None else splash.SegmentIds(*ids)
         residuals = (q, k, v, segment_ids, None, out, lse)
-        residuals = (*residuals, kernel.dq_mask_info, kernel.dkv_mask_info)
-        return splash._splash_attention_bwd(*fixed, residuals, dout)[3:6]
+        return backward(res=(*residuals, kernel.dq_mask_info, kernel.dkv_mask_info), do=dout)[3:6]
 
     q, k, v, out, dout = _heads_first(_scaled(q_BPHK, scale), k_BPHK, v_BPHV, done[0], dout_BPHV)
     found = jax.vmap(one)(q, k, v, segments, out.astype(dout.dtype), done[1], dout)

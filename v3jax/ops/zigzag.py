@@ -42,7 +42,8 @@ def own(x_BT: jax.Array) -> jax.Array:
 
 def positions(length: int) -> jax.Array:
     """Places in its row of each of this device's positions, `[t]`, of rows of `length`."""
-    return own(jnp.arange(length)[None])[0]
+    at_T = jnp.arange(length)
+    return at_T if n_devices() == 1 else own(at_T[None])[0]
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ class Stage:
         model, exchange = self.cfg.model, stats.exchange
         n_routers = model.n_moe_layers + model.mtp_depth
         overload = exchange.overload / n_routers
-        overload *= objective.own_sequences(self._segments) / scale.n_sequences
+        overload *= objective.own_sequences(self._x.shape[0]) / scale.n_sequences
         return replace(
             parts,
             load_LE=parts.load_LE.at[router].add(stats.load_E),
