@@ -4,6 +4,7 @@ Dims: B batch, T positions, H heads, K key dim, V value dim, L latent, R rotary 
 """
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from v3jax.config import MeshConfig
+from v3jax.config import Fp8Config, MeshConfig
 from v3jax.ops import blocks, context, zigzag
 from v3jax.ops.attention import causal_attention
 from v3jax.sharding import make_mesh
@@ -107,3 +108,19 @@ def test_output_and_gradients_are_those_of_one_device(
     for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1]), strict=True):
         assert a.dtype == np.float64
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * np.abs(b).max())
+
+
+def test_keys_and_values_in_fp8_are_near() -> None:
+    """Also the gradients; the output is kept in E5M6."""
+    form = replace(FORM, fp8=Fp8Config(tile=16, block=16, promotion=16))
+    arrays = [jnp.asarray(x, jnp.float32) for x in inputs(32)]
+    found = []
+    for some in (form, FORM):
+
+        def total(*arrays: Any, some: context.Form = some) -> tuple[jax.Array, jax.Array]:
+            out = shared(some, 4, *arrays, None)
+            return jnp.sum(jnp.square(out)), out
+
+        found.append(jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays))
+    for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1]), strict=True):
+        assert 0 < np.linalg.norm(a - b) < 0.15 * np.linalg.norm(b)
