@@ -72,7 +72,7 @@ def test_experts_are_split_and_nothing_else() -> None:
     model = engine()._static.model
     for params in (weights.blocks[-1][0], *(module[0]["block"] for module in weights.mtp)):
         for name, leaf in params["mlp"]["experts"].items():
-            assert leaf.sharding.spec[0] == ("node", "context", "expert"), name
+            assert leaf.sharding.spec[0] == ("node", "expert"), name
             assert shard_shapes(leaf) == {(model.n_experts // 4, *leaf.shape[1:])}
         for leaf in jax.tree.leaves(params["self_attn"]):
             assert leaf.sharding.is_fully_replicated
