@@ -24,6 +24,7 @@ from v3jax.config import (
     PipelineConfig,
     RunConfig,
     SourceConfig,
+    scaled_to,
 )
 from v3jax.registry import register
 
@@ -166,25 +167,6 @@ def v3_full_h100() -> ExperimentConfig:
     # first batch in proportion.
     batch = replace(v3_full().batch, micro_batch=4096, start=4096, end=16_384)
     return _unpiped("v3_full_h100", MeshConfig(data=32, node=8, expert=8), batch)
-
-
-def scaled_to(cfg: ExperimentConfig, total_tokens: float) -> ExperimentConfig:
-    """`cfg` with every schedule in tokens shrunk or stretched to `total_tokens`."""
-    scale = total_tokens / cfg.run.total_tokens
-    return replace(
-        cfg,
-        batch=replace(cfg.batch, ramp_tokens=cfg.batch.ramp_tokens * scale),
-        optim=replace(
-            cfg.optim,
-            phases=tuple(replace(p, until_tokens=p.until_tokens * scale) for p in cfg.optim.phases),
-        ),
-        balance=replace(
-            cfg.balance, bias_speed=tuple((until * scale, v) for until, v in cfg.balance.bias_speed)
-        ),
-        data=replace(cfg.data, mixture=tuple((until * scale, w) for until, w in cfg.data.mixture)),
-        mtp_weight=tuple((until * scale, v) for until, v in cfg.mtp_weight),
-        run=replace(cfg.run, total_tokens=total_tokens),
-    )
 
 
 @register

@@ -47,6 +47,7 @@ class Transformer(Module):
         tokens_BS: jax.Array,
         *,
         ahead: int = 0,
+        positions_T: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         counted_BS: jax.Array | None = None,
         tree: Tree | None = None,
@@ -58,6 +59,7 @@ class Transformer(Module):
           tokens_BS: int32 ids, `S = T + ahead`.
           ahead: 1 in training, where the row's last token is only looked ahead to: the MTP modules
             run. With 0 all tokens are inputs and the modules are left out.
+          positions_T: of the inputs, `[T]` or `[B, T]`; None: 0 to T - 1.
           segments_BT: confines attention to equal segments; None sees the whole row.
           counted_BS: bool; tokens that count in loads and the balance loss. None: all.
           tree: the rows hold token trees, for inference (`ahead` 0, no segments).
@@ -69,7 +71,8 @@ class Transformer(Module):
             self.parameter("lm_head", init, (cfg.dim, cfg.vocab_size), "embed", "vocab")
         final_norm = self.norm_weight("norm", cfg.dim)
         length = tokens_BS.shape[1] - ahead
-        positions_T = jnp.arange(length) if tree is None else tree.positions_BT
+        if positions_T is None:
+            positions_T = jnp.arange(length) if tree is None else tree.positions_BT
         if counted_BS is None:
             counted_BS = jnp.ones(tokens_BS.shape, bool)
         counted_BT = counted_BS[:, :length]

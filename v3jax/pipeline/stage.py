@@ -79,7 +79,8 @@ class Stage:
         inputs_BT = segments_BS[:, :-1]
         isolate = self.cfg.data.isolate_documents
         isolated = objective.isolated(inputs_BT, isolate_documents=isolate)
-        return jnp.arange(inputs_BT.shape[1]), isolated, inputs_BT != 0
+        positions_T = objective.positions(inputs_BT, isolate_documents=isolate)
+        return positions_T, isolated, inputs_BT != 0
 
     def _of(self, slot: Slot) -> tuple[Any, Any]:
         """A layer's parameters and router bias."""
@@ -125,7 +126,7 @@ class Stage:
         statistics. `ahead_BSD` are the row's embeddings; without modules anything."""
         cfg = self.cfg
         positions_T, isolated, _ = self._shared(segments_BS)
-        length = len(positions_T)
+        length = segments_BS.shape[1] - 1
         h_BTD = rms_norm(x_BTD, ends["norm"], cfg.model.norm_eps)
         hidden, stats = [h_BTD], []
         for k in range(1, cfg.model.mtp_depth + 1):
