@@ -81,3 +81,11 @@ def v3_tiny_sft() -> ExperimentConfig:
         run=replace(tiny.run, eval_every=100, eval_sequences=64, checkpoint_every=200),
     )
     return _fine_tuned(cfg, tokens=1e6, lr=1e-3)
+
+
+@register
+def v3_tiny_expert() -> ExperimentConfig:
+    """A tiny expert that works chains out step by step, for `v3jax.distill`."""
+    cfg = v3_tiny_sft()
+    sources = (SourceConfig(name="chains", weight=1.0, max_mb=10.0),)
+    return replace(cfg, name="v3_tiny_expert", data=replace(cfg.data, sources=sources))

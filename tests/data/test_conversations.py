@@ -190,9 +190,7 @@ def contents(sides: Iterator[tuple[str, dict[str, Any]]]) -> set[str]:
 
 
 def test_instructions_never_hold_what_problems_ask() -> None:
-    trained = contents(instructions.conversations()) | contents(
-        instructions.conversations(steps=True)
-    )
+    trained = contents(instructions.conversations()) | contents(instructions.worked_out())
     words = {word.strip(".,?") for text in trained for word in text.split()}
     assert not words & set(instructions.words_of("held_out"))
     for problem in instructions.problems("chains", "held_out", 300):
@@ -201,7 +199,7 @@ def test_instructions_never_hold_what_problems_ask() -> None:
 
 
 def test_a_chain_s_steps_lead_to_its_answer() -> None:
-    for _, row in list(instructions.conversations(steps=True))[:200]:
+    for _, row in list(instructions.worked_out())[:200]:
         text = row["messages"][-1]["content"]
         assert row["messages"][0]["content"] == instructions.THINK
         *steps, answer = text.split(". ")

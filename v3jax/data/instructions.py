@@ -1,7 +1,7 @@
 """Conversations made from words and numbers, for fine-tuning in minutes; nothing to download.
 
-`forms` asks for words in a certain form. `chains` asks for the result of a few small steps; a user
-gets the result, and whoever asks under `THINK` gets the steps before it. Words and chains lie on
+Forms ask for words in a certain form. Chains ask for the result of a few small steps; a user gets
+the result, and whoever asks under `THINK` gets the steps before it. Words and chains lie on
 one side of a split by their hash: training draws from one, `problems` asks about the other, so that
 what is asked there occurs in no conversation. Every call gives the same.
 """
@@ -21,30 +21,33 @@ Side = Literal["train", "held_out"]
 THINK = "Work it out step by step. Check every step before you answer."
 """The system prompt that asks for reasoning, as the report's asks for reflection and checks."""
 
-_CONVERSATIONS = 24_000
+_CONVERSATIONS, _CHAINS = 24_000, 6_000
 _SHARE_OF_CHAINS = 0.25
 _WORD = re.compile(r"\b[a-z]{4,9}\b")
 _TOP = 20
 """The largest number in a chain."""
 
 
-def conversations(*, steps: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and rows to train on.
-
-    Args:
-      steps: chains alone, under `THINK` and with their steps: what trains an expert.
-    """
+def conversations() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and rows to train on: forms, and chains with their results alone."""
     for number in range(_CONVERSATIONS):
         draw = random.Random(number)
-        if steps or draw.random() < _SHARE_OF_CHAINS:
-            chain = _chain(draw, "train")
-            problem = chain.problem(think=steps)
-            said = chain.worked_out if steps else chain.result
+        if draw.random() < _SHARE_OF_CHAINS:
+            problem = _chain(draw, "train").problem()
         else:
             problem = _form(draw, "train")
-            said = problem.answer
-        messages = [*problem.messages, {"role": "assistant", "content": said}]
-        yield f"{number:05d}", {"messages": messages}
+        yield f"{number:05d}", _answered(problem, problem.answer)
+
+
+def worked_out() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and rows to train an expert on: chains under `THINK`, with their steps."""
+    for number in range(_CHAINS):
+        chain = _chain(random.Random(number), "train")
+        yield f"{number:05d}", _answered(chain.problem(think=True), chain.worked_out)
+
+
+def _answered(problem: Problem, said: str) -> dict[str, Any]:
+    return {"messages": [*problem.messages, {"role": "assistant", "content": said}]}
 
 
 def problems(kind: Literal["forms", "chains"], side: Side, n: int) -> list[Problem]:

@@ -2,14 +2,15 @@
 
 The embedded sources are read in place, so that the default corpus needs no download and copies
 nothing: `stdlib` (sources of the standard library), `pydoc_topics` (the language reference as
-prose), `arithmetic` (questions and answers on numbers), `instructions` (short conversations, for
-fine-tuning) and `package:NAME` (sources of an installed dependency, found without importing it).
+prose), `arithmetic` (questions and answers on numbers), `instructions` and `chains` (short
+conversations, for fine-tuning) and `package:NAME` (sources of an installed dependency, found
+without importing it).
 Test folders and files that are not UTF-8 are left out.
 
 A user's source is a file, a directory or a glob of .txt, .md, .rst, .py and .jsonl files. A file is
 a document and so is a line of a .jsonl file; a path that names one single text file stands for a
 whole corpus, so that file is cut at blank lines into documents of some 16,000 characters. Where
-conversations are asked for, sources are `instructions` and .jsonl files (`conversations`).
+conversations are asked for, only they and .jsonl files will do (`conversations`).
 """
 
 import codecs
@@ -28,6 +29,7 @@ from v3jax.data import arithmetic, conversations, instructions
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py"}
+_CONVERSATIONS = {"instructions": instructions.conversations, "chains": instructions.worked_out}
 _SECTION = 16_384  # characters; ours
 
 
@@ -44,7 +46,7 @@ def read(source: SourceConfig, *, chat: bool = False) -> Iterator[Document]:
     """The documents of `source` in a fixed order, empty ones left out.
 
     Args:
-      chat: conversations are asked for, which `instructions` and .jsonl files hold.
+      chat: conversations are asked for, instead of text.
 
     Raises:
       ValueError: an unknown source, a path that is missing or cannot be read, invalid UTF-8, or a
@@ -52,15 +54,15 @@ def read(source: SourceConfig, *, chat: bool = False) -> Iterator[Document]:
     """
     if source.path is not None:
         documents = _read_user(source, source.path, chat)
-    elif chat or source.name == "instructions":
-        if not chat or source.name != "instructions":
+    elif chat or source.name in _CONVERSATIONS:
+        if not chat or source.name not in _CONVERSATIONS:
             raise ValueError(
                 f"data.sources: {source.name!r} has {'no ' if chat else ''}conversations; set "
                 f"data.format={'text' if chat else 'chat'} or give another source"
             )
         documents = (
-            Document(source.name, name, conversations.text_of(record, f"instructions:{name}"))
-            for name, record in instructions.conversations()
+            Document(source.name, name, conversations.text_of(record, f"{source.name}:{name}"))
+            for name, record in _CONVERSATIONS[source.name]()
         )
     elif source.name == "stdlib":
         documents = _read_tree(source.name, Path(os.__file__).parent)
@@ -73,7 +75,7 @@ def read(source: SourceConfig, *, chat: bool = False) -> Iterator[Document]:
     else:
         raise ValueError(
             f"data.sources: {source.name!r} is no embedded source (stdlib, pydoc_topics, "
-            "arithmetic, instructions, package:NAME); give it a path"
+            "arithmetic, package:NAME; of conversations instructions, chains); give it a path"
         )
     return (d for d in documents if d.text.strip())
 
