@@ -1,6 +1,7 @@
 """Conversations as training documents: what is learnt, what is only seen, what is refused."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,14 +186,22 @@ def test_messages_keep_what_the_template_reads() -> None:
     assert json.loads(text_of(row, "here"))[1]["tool_calls"][0]["function"] == CALL["function"]
 
 
+_NAME = re.compile(r"\b(?:[^aeiou\W]{1,2}[aeiou]){3}\b")
+
+
 def contents(sides: Iterator[tuple[str, dict[str, Any]]]) -> set[str]:
     return {row["messages"][-2]["content"] for _, row in sides}
 
 
 def test_instructions_never_hold_what_problems_ask() -> None:
     trained = contents(instructions.conversations()) | contents(instructions.worked_out())
-    words = {word.strip(".,?") for text in trained for word in text.split()}
-    assert not words & set(instructions.words_of("held_out"))
+    names = set(_NAME.findall(" ".join(trained)))
+    assert len(names) > 10_000
+    for problem in instructions.problems("forms", "held_out", 300):
+        asked = set(_NAME.findall(problem.messages[-1]["content"]))
+        assert asked, problem
+        assert not asked & names, problem
+        assert asked & set(_NAME.findall(problem.answer)), problem
     for problem in instructions.problems("chains", "held_out", 300):
         assert problem.messages[-1]["content"] not in trained
     assert len(trained) > 10_000

@@ -1,17 +1,15 @@
-"""Conversations made from words and numbers, for fine-tuning in minutes; nothing to download.
+"""Conversations made of made-up words and numbers, for fine-tuning in minutes; nothing to download.
 
-Forms ask for words in a certain form. Chains ask for the result of a few small steps; a user gets
-the result, and whoever asks under `THINK` gets the steps before it. Words and chains lie on
-one side of a split by their hash: training draws from one, `problems` asks about the other, so that
+Forms ask for names in a certain form. Chains ask for the result of a few small steps; a user gets
+the result, and whoever asks under `THINK` gets the steps before it. Names and chains lie on one
+side of a split by their hash: training draws from one, `problems` asks about the other, so that
 what is asked there occurs in no conversation. Every call gives the same.
 """
 
 import hashlib
 import random
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 from v3jax.data.problems import Problem
@@ -23,7 +21,7 @@ THINK = "Work it out step by step. Check every step before you answer."
 
 _CONVERSATIONS, _CHAINS = 24_000, 6_000
 _SHARE_OF_CHAINS = 0.25
-_WORD = re.compile(r"\b[a-z]{4,9}\b")
+_CONSONANTS = (*"bdfghjklmnprstvwz", "ch", "sh", "th")
 _TOP = 20
 """The largest number in a chain."""
 
@@ -76,22 +74,16 @@ _FORMS: dict[str, tuple[int, Callable[..., str], Callable[..., str]]] = {
 def _form(draw: random.Random, side: Side) -> Problem:
     kind = draw.choice(sorted(_FORMS))
     n_words, ask, answer = _FORMS[kind]
-    words = draw.sample(words_of(side), n_words)
+    words = [_name(draw, side) for _ in range(n_words)]
     return Problem(kind, _asked(ask(*words)), answer(*words), "exact")
 
 
-@cache
-def words_of(side: Side) -> tuple[str, ...]:
-    """Words of the Python reference on one side of the split, sorted; none that the conversations
-    have of their own."""
-    from pydoc_data import topics
-
-    blank = [""] * 3
-    own = [f"{ask(*blank)} {answer(*blank)}" for _, ask, answer in _FORMS.values()]
-    own.append(f"{_Chain(0, (1, -1)).question} {_Chain(0, (1,)).worked_out} {THINK}".lower())
-    found = {w for text in topics.topics.values() for w in _WORD.findall(text)}
-    found -= set(_WORD.findall(" ".join(own)))
-    return tuple(sorted(w for w in found if _side_of(w) == side))
+def _name(draw: random.Random, side: Side) -> str:
+    """A made-up word. There are a million, so that none can be learnt by heart."""
+    while True:
+        syllables = (draw.choice(_CONSONANTS) + draw.choice("aeiou") for _ in range(3))
+        if side_of(name := "".join(syllables)) == side:
+            return name
 
 
 # ---- Chains
@@ -136,7 +128,7 @@ def _chain(draw: random.Random, side: Side) -> _Chain:
             steps.append(to - at)
             at = to
         chain = _Chain(start, tuple(steps))
-        if _side_of(chain.question) == side:
+        if side_of(chain.question) == side:
             return chain
 
 
@@ -144,5 +136,6 @@ def _asked(content: str) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": content},)
 
 
-def _side_of(text: str) -> Side:
+def side_of(text: str) -> Side:
+    """The side of the split on which a name or a chain's question lies."""
     return "held_out" if hashlib.sha256(text.encode()).digest()[0] % 2 else "train"
