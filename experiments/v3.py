@@ -1,6 +1,7 @@
 """DeepSeek-V3 as the technical report (arXiv 2412.19437) states it.
 
     python -m v3jax.train --exp=v3_full            # on the pod of its mesh: 2048 accelerators
+    python -m v3jax.train --exp=v3_ctx32k          # then its context extended, 4K to 32K to 128K
     python -m v3jax.aot --exp=v3_full_v5p --target=tpu:v5p:8x8x8   # its step, compiled here
     python -m v3jax.cost --exp=v3_full             # tokens, steps, FLOPs, GPU hours
     python -m v3jax.train --exp=v3_small           # about 100M parameters, one GPU
@@ -24,6 +25,7 @@ from v3jax.config import (
     PipelineConfig,
     RunConfig,
     SourceConfig,
+    YarnConfig,
     scaled_to,
 )
 from v3jax.registry import register
@@ -167,6 +169,99 @@ def v3_full_h100() -> ExperimentConfig:
     # first batch in proportion.
     batch = replace(v3_full().batch, micro_batch=4096, start=4096, end=16_384)
     return _unpiped("v3_full_h100", MeshConfig(data=32, node=8, expert=8), batch)
+
+
+# ---- Long context, section 4.3: 1000 steps at 32K, then 1000 at 128K
+
+
+def _extended(
+    name: str, seq_len: int, batch: BatchConfig, mesh: MeshConfig, start: str
+) -> ExperimentConfig:
+    """`v3_full` continued on longer rows that `mesh.context` devices share, 4,096 tokens each."""
+    full = v3_full()
+    total = 1000.0 * batch.end * seq_len
+    return replace(
+        full,
+        name=name,
+        model=replace(
+            full.model,
+            yarn=YarnConfig(
+                factor=40.0,
+                original_seq_len=4096,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                mscale=1.0,  # sqrt(t) = 0.1 ln s + 1
+            ),
+        ),
+        mesh=mesh,
+        data=replace(full.data, seq_len=seq_len),
+        batch=batch,
+        optim=replace(
+            full.optim,
+            warmup_steps=0,  # ours
+            phases=(LrPhase(shape="constant", until_tokens=total, lr=7.3e-6),),
+        ),
+        balance=replace(full.balance, bias_speed=((total, 0.0),)),  # ours: as pre-training ends
+        mtp_weight=((total, 0.1),),  # ours: as pre-training ends
+        run=replace(
+            full.run,
+            total_tokens=total,
+            eval_every=100,
+            eval_sequences=full.run.eval_sequences * full.data.seq_len // seq_len,
+            checkpoint_every=100,
+        ),
+        init_from=start,  # weights and router biases; moments and average start anew: ours
+    )
+
+
+@register
+def v3_ctx32k() -> ExperimentConfig:
+    """v3_full extended to 32K tokens: 62.9B tokens, on 2048 accelerators."""
+    # 1920 * 32,768 = 62,914,560 tokens a step, those of v3_full's largest batch; also as many
+    # micro-batches, 120, and as many tokens a device. Eight devices of a host share a row.
+    return _extended(
+        "v3_ctx32k",
+        32_768,
+        BatchConfig(micro_batch=16, start=1920, end=1920, ramp_tokens=0.0),
+        MeshConfig(pipe=16, data=2, node=8, context=8),
+        "runs/v3_full",
+    )
+
+
+@register
+def v3_ctx128k() -> ExperimentConfig:
+    """v3_ctx32k extended to 128K tokens: 62.9B tokens, on 2048 accelerators."""
+    # 480 * 131,072 = 62,914,560 tokens a step. 32 devices share a row, so the fast hop of the
+    # exchange of tokens spans four hosts here, and the slow one has two ends.
+    return _extended(
+        "v3_ctx128k",
+        131_072,
+        BatchConfig(micro_batch=4, start=480, end=480, ramp_tokens=0.0),
+        MeshConfig(pipe=16, data=2, node=2, context=32),
+        "runs/v3_ctx32k",
+    )
+
+
+def _extended_unpiped(name: str, cfg: ExperimentConfig, mesh: MeshConfig) -> ExperimentConfig:
+    """The same on 512 devices without a pipeline: a row's 4,096 tokens a device."""
+    shards = mesh.data * mesh.node * mesh.expert
+    batch = replace(cfg.batch, micro_batch=shards)
+    unpiped = _unpiped(name, mesh, batch)
+    return replace(cfg, name=name, mesh=unpiped.mesh, pipeline=unpiped.pipeline, batch=batch)
+
+
+@register
+def v3_ctx32k_v5p() -> ExperimentConfig:
+    """v3_ctx32k on 512 TPU v5p (8x8x8): experts over an 8x8 plane of the torus, rows on a line."""
+    mesh = MeshConfig(data=8, context=8, expert=8)
+    return _extended_unpiped("v3_ctx32k_v5p", v3_ctx32k(), mesh)
+
+
+@register
+def v3_ctx128k_v5p() -> ExperimentConfig:
+    """v3_ctx128k on 512 TPU v5p (8x8x8)."""
+    mesh = MeshConfig(data=8, context=32, expert=2)
+    return _extended_unpiped("v3_ctx128k_v5p", v3_ctx128k(), mesh)
 
 
 @register

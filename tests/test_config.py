@@ -151,10 +151,11 @@ def test_digest_changes_with_any_value() -> None:
 
 
 def test_mesh_counts_the_devices_of_every_axis() -> None:
-    mesh = config.MeshConfig(pipe=2, data=3, node=5, expert=7)
-    assert mesh.n_devices == 210
-    assert tuple(f.name for f in dataclasses.fields(mesh))[:4] == MESH_AXES
-    assert (mesh.batch_shards, mesh.expert_shards) == (105, 35)
+    mesh = config.MeshConfig(pipe=2, data=3, node=5, context=11, expert=7)
+    assert mesh.n_devices == 2310
+    assert tuple(f.name for f in dataclasses.fields(mesh))[:5] == MESH_AXES
+    assert mesh.sizes == "pipe=2 x data=3 x node=5 x context=11 x expert=7"
+    assert (mesh.batch_shards, mesh.token_shards, mesh.expert_shards) == (105, 1155, 385)
 
 
 @pytest.mark.parametrize(
@@ -177,5 +178,5 @@ def test_a_mesh_that_does_not_divide_the_experts_names_both() -> None:
         cfg,
         batch=dataclasses.replace(cfg.batch, micro_batch=6, start=6, end=12),
     )
-    with pytest.raises(ValueError, match=r"mesh: node=3 x expert=2 devices do not divide .*=16"):
+    with pytest.raises(ValueError, match=r"mesh: node=3 x context=1 x expert=2 .* divide .*=16"):
         dataclasses.replace(cfg, mesh=config.MeshConfig(node=3, expert=2))

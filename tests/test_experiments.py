@@ -58,6 +58,35 @@ def test_experiments_import_config_and_registry_only(repo: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "seq_len", "sequences", "start"),
+    [
+        ("v3_ctx32k", 32_768, 1920, "runs/v3_full"),
+        ("v3_ctx128k", 131_072, 480, "runs/v3_ctx32k"),
+        ("v3_ctx32k_v5p", 32_768, 1920, "runs/v3_full"),
+        ("v3_ctx128k_v5p", 131_072, 480, "runs/v3_ctx32k"),
+    ],
+)
+def test_long_context_has_the_reports_values(
+    name: str, seq_len: int, sequences: int, start: str
+) -> None:
+    """Section 4.3: 1000 steps each, batches of as many tokens as pre-training's."""
+    cfg, full = registry.get(name), registry.get("v3_full")
+    assert cfg.data.seq_len == seq_len
+    assert cfg.batch.start == cfg.batch.end == sequences
+    tokens = sequences * seq_len
+    assert tokens == full.batch.end * full.data.seq_len == 62_914_560
+    assert cfg.run.total_tokens == 1000 * tokens
+    assert [p.lr for p in cfg.optim.phases] == [7.3e-6]
+    assert cfg.model.yarn == config.YarnConfig(
+        factor=40, original_seq_len=4096, beta_fast=32, beta_slow=1, mscale=1.0
+    )
+    assert cfg.init_from == start
+    # As many tokens a device, so that what a pipeline keeps waiting is as large.
+    micro = cfg.batch.micro_batch * seq_len // cfg.mesh.token_shards
+    assert micro == full.batch.micro_batch * full.data.seq_len // full.mesh.token_shards == 4096
+
+
+@pytest.mark.parametrize(
     ("path", "value"),
     [
         ("model.vocab_size", 129_280),

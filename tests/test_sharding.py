@@ -25,7 +25,8 @@ RULES = ShardingRules(embed="data", heads="pipe")
 
 def test_logical_axes_become_mesh_axes() -> None:
     assert RULES.spec("batch", None, "heads") == P(("data", "node", "expert"), None, "pipe")
-    assert RULES.spec("experts", "embed", "ffn") == P(("node", "expert"), "data", None)
+    experts = ("node", "context", "expert")
+    assert RULES.spec("experts", "embed", "ffn") == P(experts, "data", None)
 
 
 def test_unknown_axis_raises() -> None:
@@ -57,7 +58,7 @@ class Projection(nn.Module):
 def test_parameters_land_where_their_axes_say() -> None:
     mesh = make_mesh(MeshConfig(data=2, node=2, expert=2))
     boxed = jax.eval_shape(Projection().init, jax.random.key(0), jnp.zeros(8))
-    assert specs(boxed) == {"params": {"kernel": P(("node", "expert"), "data")}}
+    assert specs(boxed) == {"params": {"kernel": P(("node", "context", "expert"), "data")}}
     placed = jax.jit(
         lambda: unbox(Projection().init(jax.random.key(0), jnp.zeros(8))),
         out_shardings=shardings(boxed, mesh),
@@ -70,7 +71,7 @@ def test_parameters_land_where_their_axes_say() -> None:
 def test_mesh_has_every_axis_even_of_size_one() -> None:
     mesh = make_mesh(MeshConfig(expert=4))
     assert mesh.axis_names == MESH_AXES
-    assert mesh.devices.shape == (1, 1, 1, 4)
+    assert mesh.devices.shape == (1, 1, 1, 1, 4)
 
 
 def test_mesh_asks_for_the_devices_it_lacks() -> None:
@@ -81,7 +82,13 @@ def test_mesh_asks_for_the_devices_it_lacks() -> None:
 def test_abstract_mesh_has_the_full_runs_size_without_devices() -> None:
     mesh = abstract_mesh(registry.get("v3_full").mesh)
     assert mesh.size == 2048
-    assert dict(mesh.shape) == {"pipe": 16, "data": 2, "node": 8, "expert": 8}
+    assert dict(mesh.shape) == {
+        "pipe": 16,
+        "data": 2,
+        "node": 8,
+        "context": 1,
+        "expert": 8,
+    }
 
 
 def test_constrain_is_the_identity_without_a_mesh() -> None:

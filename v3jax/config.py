@@ -196,14 +196,16 @@ class NumericsConfig:
 class MeshConfig:
     """Devices along each named mesh axis; all axes are always present (report section 3.2).
 
-    The batch is split over data, node and expert, experts over node and expert; `node` is the slow
-    network between hosts, `expert` the fast one within. Layers are split over pipe, see
-    `PipelineConfig`.
+    The batch is split over data, node and expert, experts over node, context and expert; `node` is
+    the slow network between hosts, `context` and `expert` the fast ones within. The positions of a
+    row are split over context, for long sequences (section 4.3): see `ops.zigzag`. Layers are split
+    over pipe, see `PipelineConfig`.
     """
 
     pipe: int = 1
     data: int = 1
     node: int = 1
+    context: int = 1
     expert: int = 1
     storage: Literal["whole", "zero1", "fsdp"] = "zero1"
     """Where master weights, moments and average lie. `whole`: on every device that computes with
@@ -214,20 +216,31 @@ class MeshConfig:
     addition shows in the last bits; slower."""
 
     def __post_init__(self) -> None:
-        for axis in ("pipe", "data", "node", "expert"):
+        for axis in ("pipe", "data", "node", "context", "expert"):
             _require(getattr(self, axis) >= 1, f"mesh.{axis}", "must be at least 1")
 
     @property
+    def sizes(self) -> str:
+        """The sizes of its axes, as a message names them."""
+        of = {"pipe": self.pipe, "data": self.data, "node": self.node, "context": self.context}
+        return " x ".join(f"{axis}={n}" for axis, n in (of | {"expert": self.expert}).items())
+
+    @property
     def n_devices(self) -> int:
-        return self.pipe * self.data * self.node * self.expert
+        return self.pipe * self.data * self.node * self.context * self.expert
 
     @property
     def batch_shards(self) -> int:
         return self.data * self.node * self.expert
 
     @property
+    def token_shards(self) -> int:
+        """Devices that have tokens of their own: parts of the batch, and of each of its rows."""
+        return self.batch_shards * self.context
+
+    @property
     def expert_shards(self) -> int:
-        return self.node * self.expert
+        return self.node * self.context * self.expert
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -538,9 +551,22 @@ class ExperimentConfig:
         _require(
             self.model.n_experts % mesh.expert_shards == 0,
             "mesh",
-            f"node={mesh.node} x expert={mesh.expert} devices do not divide "
-            f"model.n_experts={self.model.n_experts}",
+            f"node={mesh.node} x context={mesh.context} x expert={mesh.expert} devices do not "
+            f"divide model.n_experts={self.model.n_experts}",
         )
+        if mesh.context > 1:
+            _require(
+                self.data.seq_len % (2 * mesh.context) == 0,
+                "mesh.context",
+                f"{mesh.context} devices do not cut data.seq_len={self.data.seq_len} into "
+                f"{2 * mesh.context} equal pieces, two a device; make it a multiple",
+            )
+            _require(
+                self.model.mtp_depth <= self.data.seq_len // (2 * mesh.context),
+                "mesh.context",
+                f"pieces of {self.data.seq_len // (2 * mesh.context)} positions are shorter than "
+                f"model.mtp_depth={self.model.mtp_depth}; lower it",
+            )
         if mesh.pipe > 1:
             self._check_pipeline()
         _require(

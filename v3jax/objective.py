@@ -17,6 +17,7 @@ from flax import struct
 from v3jax.config import ExperimentConfig
 from v3jax.model.moe import RouterStats
 from v3jax.model.transformer import Output, Transformer, head_weight
+from v3jax.ops import zigzag
 from v3jax.ops.accumulate import Sink
 from v3jax.ops.loss import linear_cross_entropy
 from v3jax.sharding import ShardingRules, rules_of
@@ -96,14 +97,15 @@ def isolated(segments_BT: jax.Array, *, isolate_documents: bool) -> jax.Array | 
 
 
 def positions(segments_BT: jax.Array, *, isolate_documents: bool) -> jax.Array:
-    """Each token's place in what it can see: in the row, `[T]`, or in its document, `[B, T]`."""
-    index_T = jnp.arange(segments_BT.shape[1])
+    """Each token's place in what it can see: in the row, `[T]`, or in its document, `[B, T]`; of
+    rows that devices share, of a device's own tokens."""
     if not isolate_documents:
-        return index_T
+        return zigzag.positions(segments_BT.shape[1])
+    index_T = jnp.arange(segments_BT.shape[1])
     document_BT = abs(segments_BT)
     begins_BT = document_BT != jnp.roll(document_BT, 1, axis=1)
     start_BT = jax.lax.cummax(jnp.where(begins_BT, index_T, 0), axis=1)
-    return index_T - start_BT
+    return zigzag.own(index_T - start_BT)
 
 
 def forward(
@@ -163,7 +165,7 @@ def loss(
         mtp=sum(nlls[1:], start=jnp.zeros(())) / max(depth, 1),
         balance=balance,
         load_LE=stats.load_E,
-        overload=_mean(exchange.overload) * tokens_BS.shape[0] / scale.n_sequences,
+        overload=_mean(exchange.overload) * own_sequences(tokens_BS.shape[0]) / scale.n_sequences,
         extra_passes=exchange.extra_passes.sum(),
         dropped=exchange.dropped.sum(),
     )
@@ -173,14 +175,23 @@ def loss(
 def targets_of(
     cfg: ExperimentConfig, tokens_BS: jax.Array, segments_BS: jax.Array, scale: Scale
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-    """Of the main model and each MTP module: targets and their shares `[B, T]`, and a factor."""
+    """Of the main model and each MTP module: targets and their shares `[B, T]`, and a factor.
+
+    Where devices share rows, of a device's own positions.
+    """
     targets_BT, depth = tokens_BS[:, 1:], cfg.model.mtp_depth
     mask_BT = target_mask(segments_BS, isolate_documents=cfg.data.isolate_documents)
     targets, weights = [targets_BT], [mask_BT / scale.n_targets]
     for k in range(1, depth + 1):
         targets.append(jnp.roll(targets_BT, -k, axis=1))
         weights.append(_mtp_mask(segments_BS, k, cfg.data.isolate_documents) / scale.n_targets)
+    targets, weights = ([zigzag.own(x_BT) for x_BT in of] for of in (targets, weights))
     return targets, weights, [jnp.ones(())] + [scale.mtp_weight / max(depth, 1)] * depth
+
+
+def own_sequences(n_rows: int) -> float:
+    """How many of its rows are a device's own: its parts of those that devices share, together."""
+    return n_rows / zigzag.n_devices()
 
 
 def shares_of(nll_BT: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:
@@ -218,7 +229,8 @@ def eval_loss(
     segments_BS: jax.Array,
     rules: ShardingRules | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed next-token negative log-likelihood in nats and the number of targets, MTP left out."""
+    """Summed next-token negative log-likelihood in nats and the number of targets, MTP left out;
+    of rows that devices share, of a device's own positions."""
     inputs_BT = segments_BS[:, :-1]
     out = apply_model(
         cfg,
@@ -231,10 +243,11 @@ def eval_loss(
         counted_BS=inputs_BT != 0,
     )
     mask_BT = target_mask(segments_BS, isolate_documents=cfg.data.isolate_documents)
+    mask_BT = zigzag.own(mask_BT)
     total, _ = linear_cross_entropy(
         out.hidden_BTD,
         head_weight(cfg.model, cfg.numerics, params, rules or rules_of(cfg)),
-        tokens_BS[:, 1:],
+        zigzag.own(tokens_BS[:, 1:]),
         mask_BT.astype(jnp.float32),
     )
     return total, mask_BT.sum(dtype=jnp.int32)

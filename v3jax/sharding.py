@@ -1,7 +1,9 @@
 """Logical axes -> mesh axes, in one table. All contact with Flax's partitioning boxes is here.
 
-The mesh always has the axes `pipe, data, node, expert`, of size 1 when unused. The batch lives on
-`(data, node, expert)`, experts on `(node, expert)` (report sections 2.1.2 and 3.2).
+The mesh always has the axes `pipe, data, node, context, expert`, of size 1 when unused. The batch
+lives on `(data, node, expert)`, experts on `(node, context, expert)` (report sections 2.1.2 and
+3.2). Devices along `context` have the same rows and compute with different positions of them
+(`ops.zigzag`): for parameters and their gradients they are like parts of the batch.
 
 A parameter is computed with where the table says and may be stored in smaller parts: `zero1` and
 `fsdp` split what the table leaves whole over the rest of the axes (ZeRO, report section 3.2), also
@@ -25,8 +27,10 @@ from jax.sharding import PartitionSpec as P
 
 from v3jax.config import ExperimentConfig, MeshConfig, MoEConfig
 
-MESH_AXES = ("pipe", "data", "node", "expert")
+MESH_AXES = ("pipe", "data", "node", "context", "expert")
 BATCH_AXES = ("data", "node", "expert")
+TOKEN_AXES = ("data", "node", "context", "expert")
+"""Along which devices have different tokens."""
 MeshAxis = str | tuple[str, ...] | None
 
 _DROPLESS = MoEConfig()
@@ -47,7 +51,7 @@ class ShardingRules:
     heads: MeshAxis = None
     latent: MeshAxis = None
     ffn: MeshAxis = None
-    experts: MeshAxis = ("node", "expert")
+    experts: MeshAxis = ("node", "context", "expert")
     layers: MeshAxis = None
     storage: Literal["whole", "zero1", "fsdp"] = "whole"
     """As `MeshConfig.storage`."""
@@ -96,8 +100,8 @@ def rules_of(cfg: ExperimentConfig) -> ShardingRules:
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of real devices with the axes of `MESH_AXES`.
 
-    Devices of one host (or one TPU slice) fill `expert` first, then `node`, so that only the outer
-    axes cross the slow network; on a TPU the order within a slice follows its torus.
+    Devices of one host (or one TPU slice) fill `expert` first, then `context`, then `node`, so that
+    only the outer axes cross the slow network; on a TPU the order within a slice follows its torus.
 
     Raises:
       ValueError: the machine has fewer devices than the config asks for, several processes do not
@@ -110,8 +114,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     if len(devices) > cfg.n_devices and len({d.process_index for d in devices}) > 1:
         raise ValueError(
-            f"mesh: pipe={cfg.pipe} x data={cfg.data} x node={cfg.node} x expert={cfg.expert} uses "
-            f"{cfg.n_devices} of the processes' {len(devices)} devices; set mesh.* to use all"
+            f"mesh: {cfg.sizes} uses {cfg.n_devices} of the processes' {len(devices)} devices; "
+            "set mesh.* to use all"
         )
     shape = tuple(getattr(cfg, axis) for axis in MESH_AXES)
     grid = _ordered(shape, list(devices[: cfg.n_devices]))
@@ -129,7 +133,8 @@ def _ordered(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     if devices[0].platform != "tpu":  # no torus: by process, then by number
         by_group = sorted(devices, key=lambda d: (getattr(d, key), d.id))
         grid = np.array(by_group, dtype=object).reshape(*outer, *inner)
-        order = [axis for pair in zip(range(4), range(4, 8), strict=True) for axis in pair]
+        n = len(shape)
+        order = [axis for pair in zip(range(n), range(n, 2 * n), strict=True) for axis in pair]
         return grid.transpose(order).reshape(shape)
     return mesh_utils.create_hybrid_device_mesh(
         inner,
@@ -335,7 +340,7 @@ def _gather_bwd(
     residuals: None,
     dout: jax.Array,
 ) -> tuple[jax.Array]:
-    return (_reduce_scatter(dout.astype(stored), dim, axes, deterministic),)
+    return (reduce_scatter(dout.astype(stored), dim, axes, deterministic),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
@@ -357,14 +362,13 @@ def reduce(
     axes: tuple[str, ...] = ()
     if extra is not None:
         dim, axes = extra
-        gradient = _reduce_scatter(gradient, dim, axes, rules.deterministic)
+        gradient = reduce_scatter(gradient, dim, axes, rules.deterministic)
     held = (*jax.tree.leaves(tuple(spec)), *axes)
     return add_up(gradient, tuple(a for a in over if a not in held), rules)
 
 
-def _reduce_scatter(
-    x: jax.Array, dim: int, axes: tuple[str, ...], deterministic: bool
-) -> jax.Array:
+def reduce_scatter(x: jax.Array, dim: int, axes: tuple[str, ...], deterministic: bool) -> jax.Array:
+    """This device's part, along a dimension, of the sum over devices."""
     if not deterministic:
         for axis in axes:
             x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)

@@ -13,6 +13,7 @@ from v3jax.aot.costs import Costs, read_costs
 from v3jax.aot.hlo import Loops, parse
 from v3jax.aot.kernels import causal_pairs
 from v3jax.model import transformer
+from v3jax.ops.blocks import _scope
 from v3jax.state import init_state
 
 MAIN = """
@@ -171,6 +172,19 @@ def test_kernels_count_by_their_estimate_or_by_their_shapes() -> None:
         "fp8_quantize": 0,
     }
     assert [name for name, k in kernels.items() if k.declared] == ["grouped_matmul"]
+
+
+def test_attention_to_a_whole_block_counts_every_key() -> None:
+    """As its scope in `ops.blocks` says."""
+    whole = KERNELS.replace("jit(f)/splash", "jit(f)/whole_block/splash").replace(
+        'custom_call_target="__cudnn$fmhaSoftmax"',
+        'custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="jit(f)/whole_block/fmha"}',
+    )
+    kernels = read_costs(parse(whole)).kernels
+    assert kernels["splash_mha_fwd_residuals"].flops == 2 * 2 * 1024 * 1024 * (192 + 128)
+    assert kernels["splash_mha_dq_no_residuals"].flops == 2 * 2 * 1024 * 1024 * (192 + 128 + 192)
+    assert kernels["__cudnn$fmhaSoftmax"].flops == 2 * 4 * 256 * 256 * (48 + 32)
+    assert _scope(causal=False) in ["jit(f)", "whole_block", "fmha"]
 
 
 def test_what_xla_leaves_out_is_time_at_the_peak() -> None:

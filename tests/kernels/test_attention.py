@@ -7,6 +7,7 @@ import pytest
 
 from v3jax.kernels import attention as kernel
 from v3jax.kernels import platform
+from v3jax.ops import blocks
 from v3jax.ops.attention import causal_attention
 
 B, T, H, K, V = 2, 256, 2, 192, 128
@@ -37,6 +38,50 @@ def test_splash_attention_equals_the_plain_form(with_segments: bool) -> None:
     gradients, wanted_gradients = pull(probe), pull_plain(probe.astype(jnp.float32))
     for g, w in zip(gradients, wanted_gradients, strict=True):
         g, w = (np.asarray(x, np.float32) for x in (g, w))
+        assert np.linalg.norm(g - w) < 1e-2 * np.linalg.norm(w)
+
+
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_splash_blocks_joined_equal_attention_to_the_whole_row(with_segments: bool) -> None:
+    """The second half's queries meet the first half's keys, then their own."""
+    q, k, v, probe = arrays()
+    segments = jnp.asarray(np.arange(B * T).reshape(B, T) // 100) if with_segments else None
+    half = T // 2
+    queries, earlier, later = slice(half, T), slice(half), slice(half, T)
+
+    def ids(keys: slice) -> tuple[jax.Array, jax.Array] | None:
+        return None if segments is None else (segments[:, queries], segments[:, keys])
+
+    parts = [(earlier, False), (later, True)]
+    done = blocks.merged(
+        *(
+            kernel.block_on_tpu(
+                q[:, queries], k[:, at], v[:, at], ids(at), SCALE, causal=causal, interpret=True
+            )
+            for at, causal in parts
+        )
+    )
+    found = [
+        kernel.block_gradients_on_tpu(
+            *(q[:, queries], k[:, at], v[:, at], ids(at), done, probe[:, queries], SCALE),
+            causal=causal,
+            interpret=True,
+        )
+        for at, causal in parts
+    ]
+    dq = sum(np.asarray(f[0], np.float32) for f in found)
+    dk, dv = (np.concatenate([np.asarray(f[i], np.float32) for f in found], 1) for i in (1, 2))
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        wide = (x.astype(jnp.float32) for x in (q, k, v))
+        return causal_attention(*wide, scale=SCALE, segments_BT=segments)[:, queries]
+
+    wanted, pull = jax.vjp(plain, q, k, v)
+    np.testing.assert_allclose(done[0], wanted, atol=2e-2)
+    of_q, *of_keys = (
+        np.asarray(x, np.float32) for x in pull(probe[:, queries].astype(jnp.float32))
+    )
+    for g, w in zip((dq, dk, dv), (of_q[:, queries], *of_keys), strict=True):
         assert np.linalg.norm(g - w) < 1e-2 * np.linalg.norm(w)
 
 

@@ -38,8 +38,7 @@ def check(cfg: ExperimentConfig, target: Target, hlo: str | None) -> None:
         remedy = f"--set mesh.data={target.n_devices // others}" if fits else "set mesh.* to fit"
         raise ValueError(
             f"--target={target}: {target.n_devices} devices, but mesh.* uses {mesh.n_devices} "
-            f"(pipe={mesh.pipe} x data={mesh.data} x node={mesh.node} x expert={mesh.expert}); "
-            f"{remedy}"
+            f"({mesh.sizes}); {remedy}"
         )
     if hlo is not None and (Path(hlo).is_dir() or not Path(hlo).absolute().parent.is_dir()):
         raise ValueError(f"--hlo={hlo}: not a file in a folder that exists")

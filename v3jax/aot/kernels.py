@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from v3jax.aot.hlo import Array, Computation, Instruction, arrays
 
+_WHOLE = "/whole_block/"
+"""In the name of an attention that is not causal: see `ops.blocks`."""
 _KERNELS = re.compile(r"tpu_custom_call|mosaic_gpu.*|__cudnn\$.*|__cublas\$.*|__gpu\$.*")
 
 
@@ -55,7 +57,7 @@ def read_kernel(computation: Computation, instruction: Instruction) -> Kernel | 
     elif target.startswith("mosaic_gpu"):
         flops = _fp8(name, instruction.attributes, inputs, outputs)
     elif "fmhaSoftmax" in target:
-        flops = _cudnn_attention(target, inputs)
+        flops = _cudnn_attention(target, inputs) * (2 if _WHOLE in instruction.attributes else 1)
     elif target.startswith("__cublas$"):
         # XLA knows what its own library calls compute.
         return Kernel(name, _gemm(instruction.attributes, inputs, outputs), moved, True)
@@ -84,7 +86,8 @@ def causal_pairs(length_q: int, length_kv: int, block_q: int, block_kv: int) -> 
 
 
 def _splash(name: str, attributes: str, inputs: list[Array]) -> float:
-    """JAX's splash attention, causal: every block pair on or below the diagonal, in full.
+    """JAX's splash attention, causal: every block pair on or below the diagonal, in full; of a
+    whole block (`ops.blocks`) every pair.
 
     `widths` adds up the matrix products of a pair: forward `q k^T` and `p v`; dq `q k^T`,
     `do v^T` and `ds k`; dkv `q k^T`, `do v^T`, `ds^T q` and `p^T do`.
@@ -104,6 +107,8 @@ def _splash(name: str, attributes: str, inputs: list[Array]) -> float:
     blocks = [re.search(rf'"block_{x}{suffix}\\*": (\d+)', attributes) for x in ("q", "kv")]
     block_q, block_kv = (int(b[1]) if b else 128 for b in blocks)
     pairs = causal_pairs(length, length_kv, block_q, block_kv)
+    if _WHOLE in attributes:
+        pairs = -(-length // block_q) * -(-length_kv // block_kv)
     heads = q.size // (length * key)
     return 2.0 * heads * pairs * block_q * block_kv * widths
 

@@ -151,7 +151,7 @@ def make_report(
 
 def loops_of(cfg: ExperimentConfig) -> Loops:
     """What is known of the step's loops before it runs."""
-    tokens = cfg.batch.micro_batch * cfg.data.seq_len // cfg.mesh.batch_shards
+    tokens = cfg.batch.micro_batch * cfg.data.seq_len // cfg.mesh.token_shards
     experts = cfg.model.n_experts // cfg.mesh.expert_shards  # of a device
     plan, n_micro = plan_of(cfg), cfg.batch.end // cfg.batch.micro_batch
     return Loops(

@@ -14,9 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from v3jax import kernels
 from v3jax.model.layers import Module, fp8_of
-from v3jax.ops import rope
+from v3jax.ops import rope, zigzag
 from v3jax.ops.attention import causal_attention, packed_attention, tree_attention
+from v3jax.ops.context import Form, shared_attention
 from v3jax.ops.fp8 import linear
+from v3jax.ops.fp8.quantize import Packed
 from v3jax.ops.norm import rms_norm
 
 
@@ -30,7 +32,11 @@ class MLA(Module):
         ends_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Attention output `[B, T, D]`; `segments_BT` confines attention to its own segment,
-        `ends_BT` to a token's ancestors (`ops.attention.Tree`)."""
+        `ends_BT` to a token's ancestors (`ops.attention.Tree`).
+
+        Where devices share rows, T are a device's own positions but in `segments_BT`, which is of
+        the whole row.
+        """
         cfg = self.cfg
         chex.assert_shape(x_BTD, (None, None, cfg.dim))
         n_heads, nope, rot = cfg.n_heads, cfg.nope_head_dim, cfg.rope_head_dim
@@ -49,14 +55,21 @@ class MLA(Module):
 
         theta_P = rope.frequencies(cfg)
         q_nope_BTHN, q_rope_BTHR = self._by_head(*self._queries(x_BTD), (nope, rot))
-        k_nope_BTHN, v_BTHV = self._by_head(kv_latent_BTL, kv_b, (nope, cfg.v_head_dim))
         q_rope_BTHR = rope.rotate(q_rope_BTHR, positions_T, theta_P)
         k_rope_BTR = rope.rotate(k_rope_BTR, positions_T, theta_P)
-        k_rope_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None], q_rope_BTHR.shape)
         q_BTHK = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
-        k_BTHK = jnp.concatenate([k_nope_BTHN, k_rope_BTHR], axis=-1)
         scale = rope.softmax_scale(cfg)
-        fp8, cached = fp8_of(self.numerics), None
+        fp8 = fp8_of(self.numerics)
+        if zigzag.n_devices() > 1:
+            assert ends_BT is None, "trees are for inference"
+            form = Form(scale, nope, fp8, self.rules.deterministic)
+            latent_BTY = jnp.concatenate([kv_latent_BTL, k_rope_BTR], axis=-1)
+            out_BTHV, cached = shared_attention(form, q_BTHK, latent_BTY, kv_b, segments_BT)
+            return self._out(out_BTHV, o, cached)
+        k_nope_BTHN, v_BTHV = self._by_head(kv_latent_BTL, kv_b, (nope, cfg.v_head_dim))
+        k_rope_BTHR = jnp.broadcast_to(k_rope_BTR[:, :, None], q_rope_BTHR.shape)
+        k_BTHK = jnp.concatenate([k_nope_BTHN, k_rope_BTHR], axis=-1)
+        cached = None
         if ends_BT is not None:
             assert segments_BT is None, "segments and trees exclude each other"
             out_BTHV = tree_attention(q_BTHK, k_BTHK, v_BTHV, ends_BT, scale=scale)
@@ -69,10 +82,15 @@ class MLA(Module):
             out_BTHV, cached = packed_attention(
                 q_BTHK, k_BTHK, v_BTHV, scale=scale, segments_BT=segments_BT, how=how
             )
+        return self._out(out_BTHV, o, cached)
+
+    def _out(self, out_BTHV: jax.Array, o_OD: jax.Array, cached: Packed | None) -> jax.Array:
+        """The output projection, in FP8 runs of what is `cached` of its input."""
+        fp8, (*batch_time, n_heads, _) = fp8_of(self.numerics), out_BTHV.shape
         if fp8 is None:
-            return jnp.einsum("bthv,hvd->btd", out_BTHV, o.reshape(n_heads, -1, cfg.dim))
-        out_BTO = out_BTHV.reshape(*out_BTHV.shape[:2], -1)
-        return linear.linear(out_BTO, o, linear.recipe(fp8, exact=True), cached=cached)
+            return jnp.einsum("bthv,hvd->btd", out_BTHV, o_OD.reshape(n_heads, -1, o_OD.shape[1]))
+        out_BTO = out_BTHV.reshape(*batch_time, -1)
+        return linear.linear(out_BTO, o_OD, linear.recipe(fp8, exact=True), cached=cached)
 
     def _queries(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What the queries are projected from, through their latent if there is one, and the

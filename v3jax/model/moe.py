@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from v3jax.model.layers import FeedForward, Module, fp8_of
-from v3jax.ops import routing
+from v3jax.ops import routing, zigzag
 from v3jax.ops.expert_parallel import (
     ExchangeStats,
     drop_beyond_capacity,
@@ -25,7 +25,7 @@ from v3jax.ops.expert_parallel import (
     routed_experts,
 )
 from v3jax.ops.precision import widen
-from v3jax.sharding import BATCH_AXES, manual_axes
+from v3jax.sharding import TOKEN_AXES, manual_axes
 
 
 @struct.dataclass
@@ -35,7 +35,8 @@ class RouterStats:
     load_E: jax.Array
     """Tokens sent to each expert, int32; padding does not count."""
     balance_loss: jax.Array
-    """Sequence-wise balance loss, summed over sequences, before its factor alpha; FP32."""
+    """Sequence-wise balance loss, summed over sequences, before its factor alpha; FP32. Of
+    sequences that devices share (`ops.zigzag`) this device's share."""
     batch_balance_loss: jax.Array
     """The same over the micro-batch as one; on a mesh this device's share."""
     exchange: ExchangeStats
@@ -60,18 +61,19 @@ class Experts(Module):
         down = self.weight("down_proj", (cfg.n_experts, width, cfg.dim), "experts", "ffn", "embed")
         arrays = (x_ND, experts_NK, gates_NK, gate_up, down)
         mesh = jax.sharding.get_abstract_mesh()
-        sizes = {axis: mesh.shape.get(axis, 1) for axis in BATCH_AXES}
+        sizes = {axis: mesh.shape.get(axis, 1) for axis in TOKEN_AXES}
+        shards = sizes["node"] * sizes["context"] * sizes["expert"]
         if self.is_initializing() or all(size == 1 for size in sizes.values()):
             return self._on_this_device(1, *arrays)
         if manual_axes():
-            return self._on_this_device(sizes["node"] * sizes["expert"], *arrays)
+            return self._on_this_device(shards, *arrays)
 
         def run(*arrays: jax.Array) -> tuple[jax.Array, ExchangeStats]:
-            out, stats = self._on_this_device(sizes["node"] * sizes["expert"], *arrays)
+            out, stats = self._on_this_device(shards, *arrays)
             return out, jax.tree.map(lambda s: s[None], stats)
 
         experts = self.rules.spec("experts")
-        rows = P(BATCH_AXES)
+        rows = P(TOKEN_AXES)
         out_ND, stats = jax.shard_map(
             run,
             in_specs=(rows, rows, rows, experts, experts),
@@ -80,7 +82,7 @@ class Experts(Module):
             check_vma=False,
         )(*arrays)
         return out_ND, ExchangeStats(
-            extra_passes=stats.extra_passes.sum() // (sizes["node"] * sizes["expert"]),
+            extra_passes=stats.extra_passes.sum() // shards,
             overload=stats.overload.mean(),
             dropped=stats.dropped.sum(),
         )
@@ -154,12 +156,16 @@ class MoE(Module):
             )
 
         logits_BTE = logits_NE.reshape(*x_BTD.shape[:2], -1)
+        n_parts = zigzag.n_devices()
         balance_B = routing.sequence_balance_loss(
-            logits_BTE, top_k=cfg.top_k, counted_BS=counted_BT
+            logits_BTE,
+            top_k=cfg.top_k,
+            counted_BS=counted_BT,
+            axes=(zigzag.AXIS,) if n_parts > 1 else (),
         )
-        axes = tuple(axis for axis in BATCH_AXES if axis in manual_axes())
+        axes = tuple(axis for axis in TOKEN_AXES if axis in manual_axes())
         batch_balance = routing.batch_balance_loss(
-            logits_BTE, top_k=cfg.top_k, counted_BS=counted_BT, axes=axes
+            logits_BTE, top_k=cfg.top_k, counted_BS=counted_BT, axes=axes, parts=n_parts
         )
         counted_N = None if counted_BT is None else counted_BT.reshape(-1)
         load_E = routing.expert_load(experts_NK, cfg.n_experts, counted_N)

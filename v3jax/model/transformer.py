@@ -16,7 +16,7 @@ from v3jax.model.block import rematerialised
 from v3jax.model.layers import Module, columns_of, compute_dtype, whole
 from v3jax.model.moe import RouterStats
 from v3jax.model.mtp import MTPModule, known
-from v3jax.ops import loss
+from v3jax.ops import loss, zigzag
 from v3jax.ops.accumulate import Sink, tapped
 from v3jax.ops.attention import Tree
 from v3jax.ops.embedding import embed
@@ -56,10 +56,11 @@ class Transformer(Module):
         """Runs the network.
 
         Args:
-          tokens_BS: int32 ids, `S = T + ahead`.
+          tokens_BS: int32 ids, `S = T + ahead`. Where devices share rows (`ops.zigzag`), these and
+            the next two are of whole rows, and what comes out is of a device's own positions.
           ahead: 1 in training, where the row's last token is only looked ahead to: the MTP modules
             run. With 0 all tokens are inputs and the modules are left out.
-          positions_T: of the inputs, `[T]` or `[B, T]`; None: 0 to T - 1.
+          positions_T: of the inputs, a device's own, `[T]` or `[B, T]`; None: places in the row.
           segments_BT: confines attention to equal segments; None sees the whole row.
           counted_BS: bool; tokens that count in loads and the balance loss. None: all.
           tree: the rows hold token trees, for inference (`ahead` 0, no segments).
@@ -72,14 +73,15 @@ class Transformer(Module):
         final_norm = self.norm_weight("norm", cfg.dim)
         length = tokens_BS.shape[1] - ahead
         if positions_T is None:
-            positions_T = jnp.arange(length) if tree is None else tree.positions_BT
+            positions_T = zigzag.positions(length) if tree is None else tree.positions_BT
         if counted_BS is None:
             counted_BS = jnp.ones(tokens_BS.shape, bool)
-        counted_BT = counted_BS[:, :length]
+        counted_BT = zigzag.own(counted_BS[:, :length])
 
         # One look-up serves the main model and the MTP modules, which share the embedding.
-        embedded_BSD = self._embedded(tokens_BS)
-        x_BTD = constrain(embedded_BSD[:, :length], self.rules, "batch", "seq", None)
+        window = zigzag.Window(length, cfg.mtp_depth if ahead else 0)
+        embedded_BWD = self._embedded(window.tokens(tokens_BS))
+        x_BTD = constrain(window.later(embedded_BWD, 0), self.rules, "batch", "seq", None)
         shared = (positions_T, segments_BT, counted_BT)
         if tree is not None:
             shared = (*shared, tree.ends_BT)
@@ -94,8 +96,8 @@ class Transformer(Module):
         mtp_hidden = []
         h_BTD = hidden_BTD
         for depth in range(1, cfg.mtp_depth + 1 if ahead else 1):
-            ahead_BTD = jnp.roll(embedded_BSD, -depth, axis=1)[:, :length]
-            known_BT = known(counted_BS, depth)
+            ahead_BTD = window.later(embedded_BWD, depth)
+            known_BT = zigzag.own(known(counted_BS, depth))
             module = MTPModule(cfg, self.numerics, self.rules, name=f"mtp_layers_{depth - 1}")
             h_BTD, mtp_stats = module(h_BTD, ahead_BTD, positions_T, segments_BT, known_BT)
             mtp_hidden.append(h_BTD)

@@ -69,7 +69,7 @@ def packed_attention(
     """
     with jax.named_scope("attention"):
         out_BTHV, packed = _attend(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale, how)
-        return out_BTHV, _packed(out_BTHV, how) if packed is None else packed
+        return out_BTHV, packed_heads(out_BTHV, how) if packed is None else packed
 
 
 def _attend(
@@ -90,18 +90,18 @@ def _attend(
     return _padded(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale, how)
 
 
-def _packed(out_BTHV: jax.Array, how: Recipe) -> Packed:
+def packed_heads(out_BTHV: jax.Array, how: Recipe) -> Packed:
     """The heads' outputs side by side, in E5M6."""
     flat = out_BTHV.reshape(*out_BTHV.shape[:-2], -1)
     return pack_e5m6(flat, how.cfg.tile, power_of_two=how.power_of_two)
 
 
-def _kept(out_BTHV: jax.Array, how: Recipe | None) -> Any:
+def kept_output(out_BTHV: jax.Array, how: Recipe | None) -> Any:
     """What waits of the output for the backward pass, under the name of the recompute policy."""
-    return named(out_BTHV if how is None else _packed(out_BTHV, how), "attention_out")
+    return named(out_BTHV if how is None else packed_heads(out_BTHV, how), "attention_out")
 
 
-def _restored(kept: Any, dout_BTHV: jax.Array, how: Recipe | None) -> jax.Array:
+def restored_output(kept: Any, dout_BTHV: jax.Array, how: Recipe | None) -> jax.Array:
     """The output as the backward pass knows it, of its gradient's shape and type."""
     if how is None:
         return kept
@@ -199,7 +199,7 @@ def _attention_fwd(
     how: Recipe | None,
 ) -> tuple[tuple[jax.Array, Packed | None], _Residuals]:
     out_BTHV, lse_BHT = _forward(q_BTHK, k_BTHK, v_BTHV, segments_BT, scale)
-    kept = _kept(out_BTHV, how)
+    kept = kept_output(out_BTHV, how)
     lse_BHT = checkpoint_name(lse_BHT, "attention_lse")
     out = (kept, None) if how is None else (out_BTHV, kept)
     return out, (q_BTHK, k_BTHK, v_BTHV, segments_BT, kept, lse_BHT)
@@ -210,7 +210,7 @@ def _attention_bwd(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q_BTHK, k_BTHK, v_BTHV, segments_BT, kept, lse_BHT = residuals
     dout_BTHV = cotangents[0]
-    out_BTHV = _restored(kept, dout_BTHV, how)
+    out_BTHV = restored_output(kept, dout_BTHV, how)
     delta_BTH = jnp.sum(widen(dout_BTHV) * widen(out_BTHV), axis=-1)
     dqs: list[jax.Array] = []
     dk_BTHK, dv_BTHV = (jnp.zeros(x.shape, wide(x)) for x in (k_BTHK, v_BTHV))
@@ -339,7 +339,7 @@ def _long_fwd(
         return out_BCHV, top_BHC + jnp.log(sum_BHC)
 
     out_NBCHV, lse_NBHC = jax.lax.map(one_chunk, jnp.arange(q_NBCHK.shape[0]))
-    kept = _kept(out_NBCHV, how)
+    kept = kept_output(out_NBCHV, how)
     lse_NBHC = checkpoint_name(lse_NBHC, "attention_lse")
     out = (kept, None) if how is None else (out_NBCHV, kept)
     return out, (q_NBCHK, k_NBCHK, v_NBCHV, segments_NBC, kept, lse_NBHC)
@@ -350,7 +350,7 @@ def _long_bwd(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q_NBCHK, k_NBCHK, v_NBCHV, segments_NBC, kept, lse_NBHC = residuals
     dout_NBCHV = cotangents[0]
-    out_NBCHV = _restored(kept, dout_NBCHV, how)
+    out_NBCHV = restored_output(kept, dout_NBCHV, how)
     kind = wide(q_NBCHK)
     delta_NBHC = jnp.einsum("nbchv,nbchv->nbhc", widen(dout_NBCHV), widen(out_NBCHV))
 

@@ -1,11 +1,11 @@
-"""Rows sent between the devices of one mesh axis, in bins, and back (report section 3.2.2).
+"""Rows sent between the devices along mesh axes, in bins, and back (report section 3.2.2).
 
-Every device has rows sorted by bin, and every bin belongs to one device of the axis: a node, or an
+Every device has rows sorted by bin, and every bin belongs to one device of the axes: a node, or an
 expert. `exchange` brings all rows of a bin together on its device, bins in order and each on a
 block boundary, rows of one bin by sender; `exchange_back` is the mirror. Each is the other's
 gradient. Only grouped collectives are used (all-gather, all-to-all), no permutes, so that
-both may stand in a branch that only some devices take, if all of the axis do.
-Dims: P devices of the axis, S slots (bins of one device), C = P S chunks, N rows.
+both may stand in a branch that only some devices take, if all along the axes do.
+Dims: P devices along the axes, S slots (bins of one device), C = P S chunks, N rows.
 """
 
 import functools
@@ -17,6 +17,9 @@ from jax import lax
 
 from v3jax.kernels.grouped_matmul import Blocks
 from v3jax.ops.dispatch import blocks_of
+
+Axis = str | tuple[str, ...]
+"""A mesh axis, or several that number devices together, the last one fastest."""
 
 
 @struct.dataclass
@@ -40,7 +43,7 @@ class Route:
 
     out: Chunks
     into: Chunks
-    axis: str = struct.field(pytree_node=False)
+    axis: Axis = struct.field(pytree_node=False)
     n_sent: int = struct.field(pytree_node=False)
     """Rows of the buffer on the sending side."""
     n_received: int = struct.field(pytree_node=False)
@@ -49,7 +52,7 @@ class Route:
 
 def make_route(
     load_C: jax.Array,
-    axis: str,
+    axis: Axis,
     *,
     n_sent: int,
     n_blocks: int,
@@ -60,7 +63,7 @@ def make_route(
 
     Args:
       load_C: this device's rows of every bin, int32; together at most `n_sent`.
-      axis: mesh axis to travel along, manual here; it must divide the bins.
+      axis: mesh axis or axes to travel along, manual here; they must divide the bins.
       n_blocks: blocks of the receiving buffer, enough for what arrives (the caller sees to it).
       block: rows of a block; every bin starts on a new one.
       balanced_rows: rows that arrive of a balanced batch; by default as many as the buffer holds.
@@ -142,7 +145,7 @@ def _travel(
         return lax.platform_dependent(rows_N, out, into, tpu=native, cuda=native, default=portable)
 
 
-def _pick_from_all(rows_N: jax.Array, n_out: int, into: Chunks, axis: str) -> jax.Array:
+def _pick_from_all(rows_N: jax.Array, n_out: int, into: Chunks, axis: Axis) -> jax.Array:
     """All devices' rows are gathered, each takes what is its own.
 
     A branch between exchanges of different widths would copy less, but XLA for CPU lets a later

@@ -1,18 +1,18 @@
 """Routed experts spread over devices: two hops out, the experts, two hops back, none dropped.
 
 Report section 3.2.2. Hop 1 crosses `node`, the slow network: a token travels once to each node
-that hosts one of its experts, to the device at its own place there. Hop 2 fans out over `expert`,
-the fast network, one row for each choice, landing in expert order. On the way back a node's
-results of a token are added up before they cross the slow network.
+that hosts one of its experts, to the device at its own place there. Hop 2 fans out over the
+fast network, `expert` and `context` together, one row for each choice, landing in expert order. On
+the way back a node's results of a token are added up before they cross the slow network.
 
 Shapes are static: receive buffers are `bound_factor` times as long as a balanced batch needs. When
 routing is so uneven that rows would not fit, all devices agree to take the tokens in several
 passes, every 2nd, 4th, ... at a time. The first pass keeps what its gradient needs, further ones
 run again for theirs; where nothing is kept (full recompute) one loop runs them all.
 
-`routed_experts` runs inside `jax.shard_map`, manual over `node` and `expert` at least.
+`routed_experts` runs inside `jax.shard_map`, manual over `node`, `context` and `expert` at least.
 Dims: N tokens of a device, D model, K choices, E experts, G nodes, H hops of a token over `node`,
-Q classes of tokens, X devices (node x expert), L experts of a device, F expert width.
+Q classes of tokens, X devices (node x context x expert), L experts of a device, F expert width.
 """
 
 import functools
@@ -38,7 +38,7 @@ from v3jax.ops.dispatch import (
     make_layout,
     n_blocks_for,
 )
-from v3jax.ops.exchange import Route, exchange, exchange_back, make_route
+from v3jax.ops.exchange import Axis, Route, exchange, exchange_back, make_route
 from v3jax.ops.fp8 import linear, wire
 from v3jax.ops.fp8.quantize import Quantized
 from v3jax.ops.gemm import grouped_matmul
@@ -48,7 +48,8 @@ from v3jax.ops.precision import widen
 
 @struct.dataclass
 class ExchangeStats:
-    """How the exchange of one layer and micro-batch went, seen from one (node, expert) group."""
+    """How the exchange of one layer and micro-batch went, seen from one group of devices that have
+    all experts together."""
 
     extra_passes: jax.Array
     """Passes beyond the first, int32."""
@@ -171,7 +172,7 @@ def routed_experts(
       halves: whether gradients of the experts' weights can be computed apart from the others, at
         the price of running extra passes forward for each.
     """
-    n_nodes, n_ranks = lax.axis_size("node"), lax.axis_size("expert")
+    n_nodes, n_ranks = lax.axis_size("node"), lax.axis_size(_fast())
     dropped = jnp.zeros((), jnp.int32)
     if moe.capacity_factor is not None:
         experts_NK, dropped = drop_beyond_capacity(experts_NK, model.n_experts, moe.capacity_factor)
@@ -195,6 +196,12 @@ def routed_experts(
         dropped=dropped,
     )
     return jnp.concatenate(outs).reshape(n_tokens, dim), together
+
+
+def _fast() -> Axis:
+    """The mesh axes of hop 2."""
+    axes = tuple(a for a in ("context", "expert") if lax.axis_size(a) > 1)
+    return axes if len(axes) > 1 else (axes or ("expert",))[0]
 
 
 def row_shape(dim: int) -> tuple[int, ...]:
@@ -293,7 +300,7 @@ _all_passes.defvjp(_all_passes_fwd, _all_passes_bwd)
 
 
 def _agree(plan: Plan, experts_NK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many passes all devices of the (node, expert) group take, and their overload.
+    """How many passes all devices that have the experts together take, and their overload.
 
     Passes are tried in powers of two: in `q` passes, pass `p` has the tokens `n` with `n % q == p`.
     """
@@ -311,7 +318,7 @@ def _agree(plan: Plan, experts_NK: jax.Array) -> tuple[jax.Array, jax.Array]:
         # What meets at a device's place in each node, and what the places of a node bring together.
         if plan.n_nodes > 1:
             counts_Q3 = lax.psum(counts_Q3, "node")
-        counts_RQ3 = lax.all_gather(counts_Q3, "expert")
+        counts_RQ3 = lax.all_gather(counts_Q3, _fast())
         g = plan.n_nodes
         to_node, to_fan = counts_RQ3[..., :g], counts_RQ3[..., g : 2 * g]
         to_rank = counts_RQ3[..., 2 * g :].sum(0)
@@ -432,7 +439,7 @@ def _within_node(
     layout = make_layout(local_MK, plan.node_experts, 1, partial=True, max_choices=plan.fan_rows)
     route, blocks = make_route(
         layout.load_E,
-        "expert",
+        _fast(),
         n_sent=layout.token_N.shape[0],
         n_blocks=n_blocks_for(plan.rank_rows, plan.rank_experts, block),
         block=block,

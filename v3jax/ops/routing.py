@@ -66,17 +66,23 @@ def expert_load(
 
 
 def sequence_balance_loss(
-    logits_BSE: jax.Array, *, top_k: int, counted_BS: jax.Array | None = None
+    logits_BSE: jax.Array,
+    *,
+    top_k: int,
+    counted_BS: jax.Array | None = None,
+    axes: tuple[str, ...] = (),
 ) -> jax.Array:
     """`sum_i f_i P_i` of each sequence, `[B]` (eq. 17-20, before the factor alpha).
 
     `P_i` is the mean over positions of the affinity normalised over *all* experts; `f_i` counts,
     as printed in the report, the top-k of the unbiased affinity without group limit, times
     `E / (K S)`. Gradient flows through `P` only; perfect balance gives 1. Positions with
-    `counted_BS` false (padding) are left out of both.
+    `counted_BS` false (padding) are left out of both. With `axes`, names of mesh axes inside
+    `jax.shard_map` over which the sequences' positions are split, a device's share of it: shares
+    add up, and a device's gradient is that of its own positions.
     """
     with jax.named_scope("sequence_balance_loss"):
-        f_BE, p_BE = _hits_and_shares(logits_BSE, top_k, counted_BS)
+        f_BE, p_BE = _hits_and_shares(logits_BSE, top_k, counted_BS, axes)
         return jnp.sum(jax.lax.stop_gradient(f_BE) * p_BE, axis=-1)
 
 
@@ -86,11 +92,13 @@ def batch_balance_loss(
     top_k: int,
     counted_BS: jax.Array | None = None,
     axes: tuple[str, ...] = (),
+    parts: int = 1,
 ) -> jax.Array:
     """The same over all positions of a micro-batch as one (section 4.5.3), times its sequences.
 
     So it compares with the sum of `sequence_balance_loss`. A scalar; with `axes`, names of mesh
-    axes inside `jax.shard_map` over which the batch is split, a device's share of it.
+    axes inside `jax.shard_map` over which the batch is split, a device's share of it. `parts` are
+    those that each sequence is split into over them.
     """
     with jax.named_scope("batch_balance_loss"):
         f_BE, p_BE = _hits_and_shares(logits_BSE, top_k, counted_BS)
@@ -101,22 +109,34 @@ def batch_balance_loss(
         def over_devices(x: jax.Array) -> jax.Array:
             return jax.lax.psum(x, axes) if axes else x
 
-        n_sequences = over_devices(jnp.float32(shape[0]))
+        n_sequences = over_devices(jnp.float32(shape[0] / parts))
         n_counted = jnp.maximum(over_devices(jnp.sum(n_B)), 1)
         f_E = over_devices(jax.lax.stop_gradient(jnp.einsum("b,be->e", n_B, f_BE))) / n_counted
         return n_sequences * jnp.sum(f_E * jnp.einsum("b,be->e", n_B, p_BE)) / n_counted
 
 
 def _hits_and_shares(
-    logits_BSE: jax.Array, top_k: int, counted_BS: jax.Array | None
+    logits_BSE: jax.Array,
+    top_k: int,
+    counted_BS: jax.Array | None,
+    axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
-    """`f` and `P` of every sequence, `[B, E]`, as in `sequence_balance_loss`."""
+    """`f` and `P` of every sequence, `[B, E]`, as in `sequence_balance_loss`; of `P` a device's
+    share, if positions are split over mesh axes."""
     affinity_BSE = jax.nn.sigmoid(widen(logits_BSE))
     share_BSE = affinity_BSE / affinity_BSE.sum(-1, keepdims=True)
     n_experts = affinity_BSE.shape[-1]
     best_BSK = jax.lax.top_k(jax.lax.stop_gradient(affinity_BSE), top_k)[1]
     hits_BSE = jnp.any(best_BSK[..., None] == jnp.arange(n_experts), axis=2)
     hits_BSE = hits_BSE.astype(affinity_BSE.dtype)
+    if axes:
+        ones_BS = jnp.ones(hits_BSE.shape[:2], bool)
+        counted_BS = ones_BS if counted_BS is None else counted_BS
+        n_B1 = jnp.maximum(jax.lax.psum(counted_BS.sum(-1, keepdims=True), axes), 1)
+        # Counts are whole numbers, whose sum is the same in any order.
+        hits_BE = jax.lax.psum(jnp.einsum("bs,bse->be", counted_BS, hits_BSE), axes)
+        p_BE = jnp.einsum("bs,bse->be", counted_BS / n_B1, share_BSE)
+        return hits_BE / n_B1 * (n_experts / top_k), p_BE
     if counted_BS is None:
         return hits_BSE.mean(1) * (n_experts / top_k), share_BSE.mean(1)
     weight_BS = counted_BS / jnp.maximum(counted_BS.sum(-1, keepdims=True), 1)

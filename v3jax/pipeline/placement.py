@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from v3jax import sharding
 from v3jax.config import ModelConfig
 from v3jax.pipeline.schedule import Schedule
-from v3jax.sharding import BATCH_AXES, ShardingRules
+from v3jax.sharding import TOKEN_AXES, ShardingRules
 
 
 def partition(model: ModelConfig, n_stages: int) -> tuple[range, ...]:
@@ -124,7 +124,7 @@ def from_ranks(
     layers = layers.at[layer_RN].add(parts, mode="drop")  # two at most, and a + b is b + a
     inner = tuple(axis for axis in axes if axis != "pipe")
     rest = _with(spec, dim, inner, layers.ndim)
-    return sharding.reduce(layers, spec, rest, rules, BATCH_AXES)
+    return sharding.reduce(layers, spec, rest, rules, TOKEN_AXES)
 
 
 def _joined(parts: jax.Array, dim: int) -> jax.Array:

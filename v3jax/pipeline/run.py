@@ -8,8 +8,9 @@ rank's layers run in a loop over its slots, a forward and a backward pass side b
 both, so that the exchange of tokens of one can run beside the products of the other (figure 4).
 Their backward pass is in two halves (`split`); the dense layers and the MTP modules, of which only
 the ends have any, run again in one.
-Dims: S ticks, M micro-batches, B sequences, T positions, D model, N slots of a rank's layers, Q of
-a chunk, K MTP modules, V vocabulary, v a rank's part of it, L MoE layers, E experts.
+Dims: S ticks, M micro-batches, B sequences, T positions, W looked up of a row (`ops.zigzag`),
+D model, N slots of a rank's layers, Q of a chunk, K MTP modules, V vocabulary, v a rank's part of
+it, L MoE layers, E experts.
 """
 
 import functools
@@ -133,17 +134,27 @@ class Program:
         self.rank = jax.lax.axis_index(_AXIS)
         self.dtype = compute_dtype(cfg.numerics)
         self.wide = master_dtype(cfg.numerics)
-        _, batch, length = tokens_MBS.shape
-        self.x_shape = (batch, length - 1, cfg.model.dim)
-        self.row_shape = (batch, length, cfg.model.dim)
         self.depth = cfg.model.mtp_depth
         self.alpha = objective.balance_alpha(cfg) / scale.n_sequences.astype(self.wide)
         self.on_cpu = kernels.platform() == "cpu"
         # Weights have been gathered for the step.
         own = replace(rules, storage="whole", halves=plan.backward)
         self.stage = Stage(cfg, own, weights.layers_N, router_state, segments_MBS.shape[1:])
+        self.x_shape, self.row_shape = self.stage.shapes
         if not plan.masked:
             self.stage.check(weights.ends)
+
+    def looked_up_of(self, micro: jax.Array) -> jax.Array:
+        """The tokens `[B, W]` of a micro-batch that this device looks up."""
+        return self.stage.window.tokens(self.tokens_MBS[micro])
+
+    def filled(self, x_BTD: jax.Array) -> jax.Array:
+        """`[B, T, D] -> [B, W, D]`."""
+        return self.stage.window.filled(x_BTD, self.tokens_MBS.shape[2])
+
+    def inputs_of(self, row_BWD: jax.Array) -> jax.Array:
+        """`filled`'s mirror."""
+        return self.stage.window.later(row_BWD, 0)
 
     # ---- The loop
 
@@ -276,12 +287,12 @@ class Program:
         return state, done
 
     def _looked_up(self, micro_D: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        """Embeddings `[B, S, D]` of each direction's micro-batch, zeros if there is none; and the
+        """Embeddings `[B, W, D]` of each direction's micro-batch, zeros if there is none; and the
         last of them."""
         zeros = jnp.zeros(self.row_shape, self.dtype)
 
         def look_up(micro: jax.Array) -> jax.Array:
-            return embed_split(self.weights.embed_vD, self.tokens_MBS[micro], self.dtype, _AXIS)
+            return embed_split(self.weights.embed_vD, self.looked_up_of(micro), self.dtype, _AXIS)
 
         rows: list[jax.Array] = []
         with jax.named_scope("pipeline_one_of"):
@@ -331,7 +342,7 @@ class Program:
 
     def _embedding_gradients(self, state: Any, ends: Any) -> Any:
         """Gradients of the rows that entered, and of those that MTP modules looked ahead to."""
-        of_entered = jnp.pad(state["sent_g"], ((0, 0), (0, 1), (0, 0)))
+        of_entered = self.filled(state["sent_g"])
         of_vD = state["gradients"]["embed"]
         for d, path in enumerate(self.plan.paths):
             of_vD = self._added_rows(of_vD, of_entered, path[0].rank, ends["leave"][d])
@@ -340,13 +351,13 @@ class Program:
         return state | {"gradients": state["gradients"] | {"embed": of_vD}}
 
     def _added_rows(
-        self, of_vD: jax.Array, rows_BSD: jax.Array, rank: int, micro: jax.Array
+        self, of_vD: jax.Array, rows_BWD: jax.Array, rank: int, micro: jax.Array
     ) -> jax.Array:
         """The embedding's gradient with that of a micro-batch's rows, which one rank has."""
 
         def run(of_vD: jax.Array) -> jax.Array:
-            rows = jax.lax.psum(jnp.where(self.rank == rank, rows_BSD, 0), _AXIS)
-            return add_to_split(of_vD, self.tokens_MBS[micro], rows, _AXIS)
+            rows = jax.lax.psum(jnp.where(self.rank == rank, rows_BWD, 0), _AXIS)
+            return add_to_split(of_vD, self.looked_up_of(micro), rows, _AXIS)
 
         with jax.named_scope("pipeline_one_of"):
             return jax.lax.cond(micro >= 0, run, lambda x: x, of_vD)
@@ -406,7 +417,7 @@ class _Side:
         stage, ends = self.program.stage, self.program.weights.ends
         mine, ours = self.at("f", 0)
         segments_BS = self.segments("f")
-        embedded_BTD = self.of_end(entering, "f")[:, :-1]
+        embedded_BTD = self.program.inputs_of(self.of_end(entering, "f"))
         return self.branch(
             "first_forward",
             mine & self.does[FORWARD],
@@ -447,9 +458,7 @@ class _Side:
         if not program.plan.backward:
             return state
         first, _ = self.at("f", 0)
-        row = jnp.where(
-            first, self.of_end(rows["enter"], "f"), jnp.pad(y_BTD, ((0, 0), (0, 1), (0, 0)))
-        )
+        row = jnp.where(first, self.of_end(rows["enter"], "f"), program.filled(y_BTD))
         end = self.branch(
             "keep",
             does,
@@ -487,7 +496,7 @@ class _Side:
         program = self.program
         stage, depth = program.stage, program.depth
         segments_BS = self.segments("i")
-        y_BTD = get(state["end"], self.field["i_saved"])[:, :-1]
+        y_BTD = program.inputs_of(get(state["end"], self.field["i_saved"]))
         ahead = self.of_end(rows["back"], "i") if depth else jnp.zeros(())
         from_neighbour = get(state["g"], self.field["i_g"])
         nothing = jnp.zeros(program.row_shape, program.dtype)
@@ -520,7 +529,7 @@ class _Side:
         """The gradient of the chunk's input, through the dense layers on the first stage."""
         program = self.program
         segments_BS = self.segments("i")
-        x_BTD = get(state["end"], self.field["i_saved"])[:, :-1]
+        x_BTD = program.inputs_of(get(state["end"], self.field["i_saved"]))
 
         def through_dense(own: Any, gradients: Any, g_BTD: jax.Array) -> Any:
             _, pull = jax.vjp(
@@ -578,7 +587,7 @@ class _Side:
                 carried = run(True, carried)
             return carried
 
-        exchanges = self.program.cfg.mesh.batch_shards > 1
+        exchanges = self.program.cfg.mesh.token_shards > 1
         if self.program.plan.masked or (self.program.on_cpu and exchanges):  # see `Program.after`
             return one_by_one(carried)
         every = asked[0][1] & asked[1][1] & asked[2][1]

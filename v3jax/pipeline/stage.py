@@ -1,6 +1,7 @@
 """What a stage computes: its MoE layers' passes, and the dense layers and MTP modules of the ends.
 
-Dims: B sequences, S = T + 1 row, T positions, D model, N slots of a rank's layers, K MTP modules.
+Dims: B sequences, S = T + 1 row, T positions, W looked up of a row (`ops.zigzag`), D model, N slots
+of a rank's layers, K MTP modules.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from v3jax.model.layers import compute_dtype, master_dtype
 from v3jax.model.moe import RouterStats
 from v3jax.model.mtp import MTPModule, known
 from v3jax.objective import LossParts, Scale
+from v3jax.ops import zigzag
 from v3jax.ops.norm import rms_norm
 from v3jax.pipeline.split import Split, split
 from v3jax.sharding import ShardingRules
@@ -45,10 +47,17 @@ class Stage:
     ) -> None:
         self.cfg, self.rules, self.router_state = cfg, rules, router_state
         self.layers_N = layers_N
+        self.window = zigzag.Window(rows[1] - 1, cfg.model.mtp_depth)
         self._segments = jax.ShapeDtypeStruct(rows, jnp.int32)
-        shape = (rows[0], rows[1] - 1, cfg.model.dim)
+        shape = (rows[0], (rows[1] - 1) // zigzag.n_devices(), cfg.model.dim)
         self._x = jax.ShapeDtypeStruct(shape, compute_dtype(cfg.numerics))
-        self._row = jax.ShapeDtypeStruct((*rows, cfg.model.dim), self._x.dtype)
+        width = self.window.width(rows[1])
+        self._row = jax.ShapeDtypeStruct((rows[0], width, cfg.model.dim), self._x.dtype)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Those of what passes between stages, and of what is looked up of a row."""
+        return self._x.shape, self._row.shape
 
     @cached_property
     def layer(self) -> Split:
@@ -80,7 +89,7 @@ class Stage:
         isolate = self.cfg.data.isolate_documents
         isolated = objective.isolated(inputs_BT, isolate_documents=isolate)
         positions_T = objective.positions(inputs_BT, isolate_documents=isolate)
-        return positions_T, isolated, inputs_BT != 0
+        return positions_T, isolated, zigzag.own(inputs_BT != 0)
 
     def _of(self, slot: Slot) -> tuple[Any, Any]:
         """A layer's parameters and router bias."""
@@ -120,21 +129,20 @@ class Stage:
         return x_BTD
 
     def out(
-        self, ends: Any, x_BTD: jax.Array, ahead_BSD: jax.Array, segments_BS: jax.Array
+        self, ends: Any, x_BTD: jax.Array, ahead_BWD: jax.Array, segments_BS: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], list[RouterStats]]:
         """What the head reads, `[1 + K, B, T, D]`, and the MTP modules' balance loss and
-        statistics. `ahead_BSD` are the row's embeddings; without modules anything."""
+        statistics. `ahead_BWD` is what was looked up of the row; without modules anything."""
         cfg = self.cfg
         positions_T, isolated, _ = self._shared(segments_BS)
-        length = segments_BS.shape[1] - 1
         h_BTD = rms_norm(x_BTD, ends["norm"], cfg.model.norm_eps)
         hidden, stats = [h_BTD], []
         for k in range(1, cfg.model.mtp_depth + 1):
-            known_BT = known(segments_BS != 0, k)
+            known_BT = zigzag.own(known(segments_BS != 0, k))
             name = f"mtp_layers_{k - 1}"
             module = MTPModule(cfg.model, cfg.numerics, self.rules, parent=None)
             variables = {"params": ends[name], "router_state": self.router_state[name]}
-            ahead_BTD = jnp.roll(ahead_BSD, -k, axis=1)[:, :length]
+            ahead_BTD = self.window.later(ahead_BWD, k)
             h_BTD, stat = cast(Any, module).apply(
                 variables, h_BTD, ahead_BTD, positions_T, isolated, known_BT
             )
@@ -150,7 +158,8 @@ class Stage:
         """The loss's parts with a router's statistics in them, its loss excepted."""
         model, exchange = self.cfg.model, stats.exchange
         n_routers = model.n_moe_layers + model.mtp_depth
-        overload = exchange.overload / n_routers * self._x.shape[0] / scale.n_sequences
+        overload = exchange.overload / n_routers
+        overload *= objective.own_sequences(self._x.shape[0]) / scale.n_sequences
         return replace(
             parts,
             load_LE=parts.load_LE.at[router].add(stats.load_E),
