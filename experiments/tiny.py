@@ -8,7 +8,7 @@ module and every schedule of the report scaled to the run's length.
 
 from dataclasses import replace
 
-from experiments.v3 import EMBEDDED_SOURCES, scaled_to, v3_full
+from experiments.v3 import EMBEDDED_SOURCES, v3_full
 from v3jax.config import (
     BatchConfig,
     ExperimentConfig,
@@ -19,6 +19,7 @@ from v3jax.config import (
     NumericsConfig,
     PipelineConfig,
     SourceConfig,
+    scaled_to,
 )
 from v3jax.registry import register
 

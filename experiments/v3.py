@@ -26,6 +26,7 @@ from v3jax.config import (
     RunConfig,
     SourceConfig,
     YarnConfig,
+    scaled_to,
 )
 from v3jax.registry import register
 
@@ -261,25 +262,6 @@ def v3_ctx128k_v5p() -> ExperimentConfig:
     """v3_ctx128k on 512 TPU v5p (8x8x8)."""
     mesh = MeshConfig(data=8, context=32, expert=2)
     return _extended_unpiped("v3_ctx128k_v5p", v3_ctx128k(), mesh)
-
-
-def scaled_to(cfg: ExperimentConfig, total_tokens: float) -> ExperimentConfig:
-    """`cfg` with every schedule in tokens shrunk or stretched to `total_tokens`."""
-    scale = total_tokens / cfg.run.total_tokens
-    return replace(
-        cfg,
-        batch=replace(cfg.batch, ramp_tokens=cfg.batch.ramp_tokens * scale),
-        optim=replace(
-            cfg.optim,
-            phases=tuple(replace(p, until_tokens=p.until_tokens * scale) for p in cfg.optim.phases),
-        ),
-        balance=replace(
-            cfg.balance, bias_speed=tuple((until * scale, v) for until, v in cfg.balance.bias_speed)
-        ),
-        data=replace(cfg.data, mixture=tuple((until * scale, w) for until, w in cfg.data.mixture)),
-        mtp_weight=tuple((until * scale, v) for until, v in cfg.mtp_weight),
-        run=replace(cfg.run, total_tokens=total_tokens),
-    )
 
 
 @register

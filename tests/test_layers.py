@@ -25,7 +25,8 @@ FLOORS = (
     {"models", "preflight", "summary"},
     {"evals"},
     {"train", "grpo", "evaluate", "sample", "convert", "aot", "cost", "planning"},
-    {"ablation", "plots"},
+    {"ablation", "plots", "reasoning"},
+    {"distill"},
 )
 
 # Folders that may use a neighbour on their floor: importer, imported.

@@ -122,6 +122,14 @@ class ModelConfig:
     def n_moe_layers(self) -> int:
         return self.n_layers - self.n_dense_layers
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the network's groups of parameters."""
+        layers = ("dense_layers",) * (self.n_dense_layers > 0)
+        layers += ("moe_layers",) * (self.n_moe_layers > 0)
+        modules = tuple(f"mtp_layers_{k}" for k in range(self.mtp_depth))
+        return ("embed_tokens", *layers, *modules, "norm", "lm_head")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Config:
@@ -325,7 +333,8 @@ class DataConfig:
     `path` replaces `sources` by a user's own file, directory or glob, or by a folder of prepared
     rows (`data.dataset`). `synthetic` ignores both and draws uniform token ids, for speed
     measurements. `isolate_documents` confines attention and targets to a document: off in
-    pre-training (section 4.1), on in fine-tuning (section 5.1).
+    pre-training (section 4.1), on in fine-tuning (section 5.1), where every document's positions
+    begin anew.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -337,6 +346,11 @@ class DataConfig:
     tokenizer_vocab_size: int
     path: str | None = None
     text_field: str = "text"
+    format: Literal["text", "chat"] = "text"
+    """What documents are: text, or conversations, of which an assistant's turns alone are targets
+    (`data.conversations`)."""
+    chat_template: str | None = None
+    """Of conversations: a file or a model's folder; None for that of `init_from`, else V3's."""
     synthetic: bool = False
     isolate_documents: bool = False
     mixture: tuple[tuple[float, tuple[float, ...]], ...] = ()
@@ -356,6 +370,12 @@ class DataConfig:
             0 <= self.newline_split_rate <= 1, "data.newline_split_rate", "must be within 0..1"
         )
         _require(0 < self.heldout_fraction < 1, "data.heldout_fraction", "must be between 0 and 1")
+        for name in ("fim_rate", "newline_split_rate"):
+            _require(
+                self.format == "text" or getattr(self, name) == 0,
+                f"data.{name}",
+                "rearranges text and data.format=chat has conversations; set it to 0",
+            )
 
 
 def _check_mixture(data: DataConfig) -> None:
@@ -424,6 +444,8 @@ class OptimConfig:
     warmup_steps: int
     phases: tuple[LrPhase, ...]
     ema_decay: float | None
+    frozen: tuple[str, ...] = ()
+    """Groups of parameters that stay as they are, such as `mtp_layers_0` or `embed_tokens`."""
 
     def __post_init__(self) -> None:
         _require_rising(tuple((p.until_tokens, p.lr) for p in self.phases), "optim.phases")
@@ -467,9 +489,13 @@ class RunConfig:
     checkpoint_every: int
     keep_checkpoints: int
     max_bad_steps: int
+    epochs: float | None = None
+    """Times that every row is drawn, whatever the sources' weights; the schedules stretch from
+    `total_tokens` to what that makes. None: `total_tokens` counts."""
 
     def __post_init__(self) -> None:
         _require(self.total_tokens > 0, "run.total_tokens", "must be positive")
+        _require(self.epochs is None or self.epochs > 0, "run.epochs", "must be positive, or None")
         for name in ("eval_every", "checkpoint_every"):
             _require(getattr(self, name) >= 0, f"run.{name}", "must be positive, or 0 for never")
         _require(self.eval_sequences >= 1, "run.eval_sequences", "must be positive")
@@ -509,6 +535,12 @@ class ExperimentConfig:
             "model.mtp_depth",
             f"must be smaller than data.seq_len={self.data.seq_len}",
         )
+        for name in self.optim.frozen:
+            _require(
+                name in self.model.groups,
+                "optim.frozen",
+                f"the model has no group {name!r}; it has {', '.join(self.model.groups)}",
+            )
         mesh = self.mesh
         _require(
             self.batch.micro_batch % mesh.batch_shards == 0,
@@ -575,6 +607,26 @@ class ExperimentConfig:
             "mesh.storage",
             "fsdp gathers a layer where it is used, a pipeline all of them before; set zero1",
         )
+
+
+def scaled_to(cfg: ExperimentConfig, total_tokens: float) -> ExperimentConfig:
+    """`cfg` with every schedule in tokens shrunk or stretched to `total_tokens`."""
+    scale = total_tokens / cfg.run.total_tokens
+
+    def stretched(schedule: tuple[tuple[float, Any], ...]) -> tuple[tuple[float, Any], ...]:
+        return tuple((until * scale, value) for until, value in schedule)
+
+    replace = dataclasses.replace
+    phases = tuple(replace(p, until_tokens=p.until_tokens * scale) for p in cfg.optim.phases)
+    return replace(
+        cfg,
+        batch=replace(cfg.batch, ramp_tokens=cfg.batch.ramp_tokens * scale),
+        optim=replace(cfg.optim, phases=phases),
+        balance=replace(cfg.balance, bias_speed=stretched(cfg.balance.bias_speed)),
+        data=replace(cfg.data, mixture=stretched(cfg.data.mixture)),
+        mtp_weight=stretched(cfg.mtp_weight),
+        run=replace(cfg.run, total_tokens=total_tokens),
+    )
 
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from v3jax import checkpoint, config, hf
 from v3jax.config import ExperimentConfig, MeshConfig, ModelConfig, NumericsConfig
 from v3jax.data.chat import DEFAULT_TEMPLATE, load_template
+from v3jax.data.dataset import TEMPLATE
 from v3jax.data.tokenizer import Tokenizer, load_tokenizer
 from v3jax.hf.converted import BESIDE, SOURCE, Converted, open_converted
 from v3jax.hf.read import Reader, Source, open_source
@@ -99,7 +100,9 @@ def open_model(path: epath.PathLike, *, ema: bool = False) -> Loaded:
 def _open_run(root: epath.Path, *, ema: bool) -> Loaded:
     cfg, params, router_state, tokenizer = load_run(root, ema=ema)
     parts = (cfg.model, cfg.numerics, params, router_state)
-    return Loaded(*parts, tokenizer, DEFAULT_TEMPLATE, cfg.data.seq_len)
+    file = root / TEMPLATE
+    template = file.read_text() if file.exists() else DEFAULT_TEMPLATE
+    return Loaded(*parts, tokenizer, template, cfg.data.seq_len)
 
 
 def identity(path: epath.PathLike, *, ema: bool = False) -> str:

@@ -96,6 +96,18 @@ def isolated(segments_BT: jax.Array, *, isolate_documents: bool) -> jax.Array | 
     return abs(segments_BT) if isolate_documents else None
 
 
+def positions(segments_BT: jax.Array, *, isolate_documents: bool) -> jax.Array:
+    """Each token's place in what it can see: in the row, `[T]`, or in its document, `[B, T]`; of
+    rows that devices share, of a device's own tokens."""
+    if not isolate_documents:
+        return zigzag.positions(segments_BT.shape[1])
+    index_T = jnp.arange(segments_BT.shape[1])
+    document_BT = abs(segments_BT)
+    begins_BT = document_BT != jnp.roll(document_BT, 1, axis=1)
+    start_BT = jax.lax.cummax(jnp.where(begins_BT, index_T, 0), axis=1)
+    return zigzag.own(index_T - start_BT)
+
+
 def forward(
     cfg: ExperimentConfig,
     params: Any,
@@ -114,6 +126,7 @@ def forward(
         tokens_BS,
         rules,
         ahead=1,
+        positions_T=positions(inputs_BT, isolate_documents=cfg.data.isolate_documents),
         segments_BT=isolated(inputs_BT, isolate_documents=cfg.data.isolate_documents),
         counted_BS=segments_BS != 0,
         sink=sink,
@@ -225,6 +238,7 @@ def eval_loss(
         router_state,
         tokens_BS[:, :-1],
         rules,
+        positions_T=positions(inputs_BT, isolate_documents=cfg.data.isolate_documents),
         segments_BT=isolated(inputs_BT, isolate_documents=cfg.data.isolate_documents),
         counted_BS=inputs_BT != 0,
     )

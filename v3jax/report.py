@@ -300,3 +300,47 @@ def _heat_maps(loads: Sequence[dict[str, Any]], mtp_depth: int) -> list[str]:
         for i, title in enumerate(titles)
     ]
     return ["<p>Load of each expert (from top to bottom) over the steps:</p>", colour_key(), *maps]
+
+
+def distillation_page(
+    name: str, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> str:
+    """A page on the loop of reasoning data (report section 5.1).
+
+    Args:
+      name: the experiment that was fine-tuned.
+      figures: what `distill.loop` found.
+      rows: some of the samples that were written.
+    """
+    made, asked = figures["distilled"], {"plain": "as it is", "reasoned": "under the system prompt"}
+    solved = [
+        (f"{when}, asked {asked[how]}", f"{rate:.1%} solved, {length:.0f} tokens an answer")
+        for when in ("before", "after")
+        for how, (rate, length) in figures[when].items()
+    ]
+    wrote = [
+        ("problems", f"{made['problems']:,}"),
+        ("answers", f"{made['answers']:,}"),
+        ("right", f"{made['right'] / max(made['answers'], 1):.1%}"),
+        ("problems solved, kept in two forms each", f"{made['solved']:,}"),
+        ("tokens of a kept answer", f"{made['tokens_kept']:.0f}"),
+        ("tokens of an original answer", f"{made['tokens_original']:.0f}"),
+    ]
+    samples = []
+    for row in rows:
+        turns = (f"<b>{m['role']}</b> {html.escape(m['content'])}" for m in row["messages"])
+        samples.append("<pre>" + "\n".join(turns) + "</pre>")
+    return _page(
+        name,
+        [
+            f"<h1>{html.escape(name)}</h1>",
+            '<p class="sub">Reasoning data from an expert: generated, checked by a rule, '
+            "fine-tuned on.</p>",
+            f"<h2>{figures['held_out_problems']:,} held-out problems</h2>",
+            table(solved),
+            "<h2>The expert</h2>",
+            table(wrote),
+            "<h2>Samples</h2>",
+            *samples,
+        ],
+    )

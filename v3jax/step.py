@@ -243,6 +243,7 @@ def train_step(
     n_micro = amount.n_micro if isinstance(amount, Orders) else amount
     scale = _scale(cfg, parallel, segments_MBS, n_micro, mtp_weight)
     gradients, parts = _gradients(cfg, parallel, state, tokens_MBS, segments_MBS, amount, scale)
+    gradients = _without(cfg.optim.frozen, gradients)
     # Devices that exchange tokens take their passes together.
     passes = parallel.total(parts.extra_passes, ("pipe", "data"))
     parts = replace(parallel.total(parts), extra_passes=passes)
@@ -253,6 +254,7 @@ def train_step(
         gradients, state.opt_state, state.params, grad_norm=grad_norm
     )
     params = jax.tree.map(lambda p, d: p - lr * d, state.params, direction)
+    params |= {name: state.params[name] for name in cfg.optim.frozen}
     new = TrainState(
         step=state.step + 1,
         sequences=state.sequences + scale.n_sequences.astype(jnp.uint32),
@@ -287,6 +289,11 @@ def train_step(
         "dropped_choices": parts.dropped,
     }
     return new, metrics
+
+
+def _without(frozen: tuple[str, ...], gradients: Any) -> Any:
+    """Gradients with zeros for the groups of parameters that stay as they are."""
+    return gradients | {name: jax.tree.map(jnp.zeros_like, gradients[name]) for name in frozen}
 
 
 def _bias_speed(cfg: ExperimentConfig, tokens: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding
 from v3jax import checkpoint, cli, config, cost, host, processes, registry
 from v3jax.config import ExperimentConfig
 from v3jax.data import baselines
-from v3jax.data.dataset import Dataset, open_dataset
+from v3jax.data.dataset import TEMPLATE, Dataset, lengthened, open_dataset
 from v3jax.data.loader import HostBatch, make_loader
 from v3jax.metrics import Recorder, mfu
 from v3jax.models import initial_weights
@@ -109,10 +109,13 @@ def run(
     mesh = make_mesh(cfg.mesh)
 
     with StopSignal() as stop, jax.set_mesh(mesh):
-        train_step = make_train_step(cfg, mesh)
+        make_train_step(cfg, mesh)  # what cannot be built is found before data is prepared
         # ---- Data: every process prepares or reads all rows and draws those of its devices.
         dataset = open_dataset(cfg)
         processes.agree({"the data's digest": dataset.digest})
+        # What was asked for names the run; how long that makes it, only its data can say.
+        asked, cfg = cfg, lengthened(cfg, dataset)
+        train_step = make_train_step(cfg, mesh)
         if dataset.quarantine is not None:
             dataset.quarantine.keep_in(workdir / f"quarantine-{jax.process_index()}.jsonl")
         feed = Feed(cfg, mesh)
@@ -137,13 +140,18 @@ def run(
             processes.say(f"continuing from step {start} of {found.folder}")
         writes = processes.is_writer()
         if writes:
-            _describe(workdir, cfg, dataset)
+            _describe(workdir, asked, dataset)
+            if asked.run.epochs is not None:
+                print(
+                    f"{asked.run.epochs:g} epochs of {dataset.n_rows:,} rows: "
+                    f"{cfg.run.total_tokens:,.0f} tokens, {total_steps:,} steps"
+                )
         evaluation = Evaluation(cfg, dataset, mesh)
         trace = Trace(workdir / "profile", profile if writes else None)
 
         with (
             closing(loader),
-            checkpoint.Writer(workdir, cfg) as writer,
+            checkpoint.Writer(workdir, asked) as writer,
             Recorder(workdir, start, total_steps, writes=writes) as recorder,
             closing(Progress(cfg.name, start, total_steps, shown=writes)) as progress,
         ):
@@ -438,11 +446,14 @@ def _describe(workdir: epath.Path, cfg: ExperimentConfig, dataset: Dataset) -> N
     checkpoint.write_whole(workdir / "data_files.txt", f"rows {dataset.digest}\n{files}")
     if dataset.tokenizer is not None:
         checkpoint.write_whole(workdir / "tokenizer.json", dataset.tokenizer.text)
+    if dataset.chat_template is not None:
+        checkpoint.write_whole(workdir / TEMPLATE, dataset.chat_template)
     checkpoint.write_whole(workdir / "config.txt", config.to_text(cfg))
     for source in dataset.sources:
         print(
             f"{source.name}: {source.documents} documents, {source.megabytes:.1f} MB, "
             f"{source.tokens:,} tokens, weight {source.weight:g}"
+            + (f"; {source.too_long:,} too long and left out" if source.too_long else "")
         )
 
 

@@ -132,6 +132,67 @@ class ChatTemplate:
             tokenizer does not have; or the text is not valid Unicode.
         """
         text, restored = self._render(messages, add_generation_prompt)
+        return self._encoded(text, restored)
+
+    def encode_turns(
+        self, messages: Sequence[dict[str, Any]]
+    ) -> list[list[tuple[list[int], bool]]]:
+        """What a conversation gives to train on: texts, each as pieces of ids in order, and whether
+        the assistant said them, the token that ends its turn included.
+
+        All turns are in one text, as the template writes the conversation. A turn that it writes
+        otherwise once more follows, or not in full, such as reasoning that it drops from finished
+        turns, makes a text of its own, which ends with it. A piece is encoded by itself, as the
+        prompt is when the model is asked.
+
+        Raises:
+          ValueError: as `encode`; or the conversation lacks an assistant's turn, or has an empty
+            one; or the template does not open a turn as `add_generation_prompt` does.
+        """
+        conversation = checked(messages)
+        stand_ins = self._stand_ins(conversation)
+
+        def text(n_messages: int, opened: bool) -> str:
+            return self._rendered(conversation[:n_messages], stand_ins, opened)
+
+        whole, spans, found = text(len(conversation), False), [], []
+        for i, message in enumerate(conversation):
+            if message["role"] != "assistant":
+                continue
+            content = message["content"] or ""
+            if not content and "tool_calls" not in message:
+                raise ValueError(f"messages[{i}]: the assistant says nothing; drop the turn")
+            before, after = text(i, True), text(i + 1, False)
+            if not after.startswith(before):
+                raise ValueError(
+                    f"{self._origin}: does not open messages[{i}] as it opens a turn to generate; "
+                    "use another template"
+                )
+            span = (len(before), len(after))
+            if content.strip() not in after[span[0] :]:
+                if "tool_calls" in message:
+                    raise ValueError(
+                        f"{self._origin}: leaves out what messages[{i}] says beside its calls; "
+                        "use another template"
+                    )
+                after = f"{before}{content}{EOS}"
+                found.append((after, [(len(before), len(after))]))
+            elif whole.startswith(after):
+                spans.append(span)
+            else:
+                found.append((after, [span]))
+        if spans:
+            found.append((whole[: spans[-1][1]], spans))
+        if not found:
+            raise ValueError("messages: no assistant's turn to learn; give one")
+        restored = {new: old for old, new in stand_ins.items()}
+        return [
+            [(self._encoded(piece, restored), said) for piece, said in _cut(text, spans)]
+            for text, spans in found
+        ]
+
+    def _encoded(self, text: str, restored: dict[int, int]) -> list[int]:
+        """The ids of a rendered text with stand-ins."""
         for token in sorted(self._lacking):
             if token in text:
                 raise ValueError(
@@ -145,20 +206,26 @@ class ChatTemplate:
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool
     ) -> tuple[str, dict[int, int]]:
         """The rendered text with stand-ins, and the table that exchanges them back."""
-        conversation = _checked(messages)
+        conversation = checked(messages)
         stand_ins = self._stand_ins(conversation)
+        text = self._rendered(conversation, stand_ins, add_generation_prompt)
+        return text, {new: old for old, new in stand_ins.items()}
+
+    def _rendered(
+        self, conversation: list[dict[str, Any]], stand_ins: dict[int, int], opened: bool
+    ) -> str:
+        """The template's text of checked messages, with stand-ins."""
         try:
-            text = self._template.render(
+            return self._template.render(
                 messages=[_guarded(message, stand_ins) for message in conversation],
                 tools=None,
                 documents=None,
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=opened,
                 bos_token=BOS,
                 eos_token=EOS,
             )
         except Exception as error:  # a template may divide by zero or recurse without end
             raise ValueError(f"{self._origin}: fails here ({_one_line(error)})") from None
-        return text, {new: old for old, new in stand_ins.items()}
 
     def _stand_ins(self, conversation: list[dict[str, Any]]) -> dict[int, int]:
         """A character for each one that begins a control token; it occurs nowhere here."""
@@ -169,6 +236,15 @@ class ChatTemplate:
         if len(table) < len(self._beginnings):
             raise ValueError("messages: use every character there is from U+E000; use fewer")
         return table
+
+
+def _cut(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, bool]]:
+    """The pieces of a text in order, and whether each is one of `spans`."""
+    pieces, at = [], 0
+    for start, end in spans:
+        pieces += [(text[at:start], False), (text[start:end], True)]
+        at = end
+    return [(piece, said) for piece, said in pieces if piece]
 
 
 def load_template(directory: Path) -> str | None:
@@ -261,7 +337,7 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
-def _checked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def checked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A copy of plain JSON values: `content` is there, `tool_calls` only if there are some."""
     try:
         conversation = json.loads(json.dumps(messages, ensure_ascii=False))

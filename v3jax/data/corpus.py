@@ -54,7 +54,7 @@ def load_corpus(cfg: DataConfig) -> Corpus:
     if not sources:
         raise ValueError("data.sources: the corpus is empty; name a source or set data.path")
     seen: set[str] = set()
-    taken = [_documents(source, seen) for source in sources]
+    taken = [_documents(source, seen, chat=cfg.format == "chat") for source in sources]
     sides = [[(h, d, _is_heldout(h, cfg.heldout_fraction)) for h, d in part] for part in taken]
     train = tuple(tuple(d for _, d, held in part if not held) for part in sides)
     heldout = tuple(tuple(d for _, d, held in part if held) for part in sides)
@@ -97,11 +97,11 @@ def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _documents(source: SourceConfig, seen: set[str]) -> list[tuple[str, Document]]:
+def _documents(source: SourceConfig, seen: set[str], *, chat: bool) -> list[tuple[str, Document]]:
     """Documents with their hashes, new ones only, in hash order, up to the source's cap."""
     hashed = []
     n_read = 0
-    for document in read(source):
+    for document in read(source, chat=chat):
         n_read += 1
         text_hash = hashlib.sha256(document.text.encode()).hexdigest()
         if text_hash not in seen:

@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from v3jax.config import ExperimentConfig
+from v3jax.config import DataConfig, ExperimentConfig, scaled_to
+from v3jax.data.chat import DEFAULT_TEMPLATE, ChatTemplate, load_template
+from v3jax.data.conversations import encode_conversations
 from v3jax.data.corpus import Corpus, load_corpus
 from v3jax.data.fim import encode_documents
 from v3jax.data.packing import PlannedRows, Rows, RowSource, alone, pack, read_rows, write_rows
@@ -28,8 +30,9 @@ from v3jax.data.tokenizer import SPLITS, Tokenizer, load_tokenizer, train_tokeni
 from v3jax.host import cache_folder
 
 _CACHE_VERSION = 3  # of what is cached and how it is made; raised when either changes
-_ABOUT, _TOKENIZER = "dataset.json", "tokenizer.json"
-_SHAPING = ("seq_len", "fim_rate", "newline_split_rate")  # fields that rows cannot change any more
+_ABOUT, _TOKENIZER, TEMPLATE = "dataset.json", "tokenizer.json", "chat_template.jinja"
+# Fields that rows cannot change any more, with what they are in a folder that is older than them.
+_SHAPING = {"seq_len": None, "fim_rate": None, "newline_split_rate": None, "format": "text"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class SourceReport:
     megabytes: float
     tokens: int
     rows: int
+    too_long: int = 0
+    """Conversations left out because they are longer than a row."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,13 @@ class Dataset:
     """Whether the first token of a document is no target (`DataConfig.isolate_documents`)."""
     quarantine: Quarantine | None = None
     """Of a prepared corpus: documents that turn out to be damaged."""
+    chat_template: str | None = None
+    """Of conversations."""
+
+    @property
+    def n_rows(self) -> int:
+        """Rows to train on, of all sources."""
+        return sum(map(len, self.train))
 
     @cached_property
     def fill_rate(self) -> float:
@@ -89,12 +101,26 @@ class Dataset:
         return b"".join(self.tokenizer.token_bytes[i] for i in tokens)
 
 
+def lengthened(cfg: ExperimentConfig, dataset: Dataset) -> ExperimentConfig:
+    """The experiment as long as `run.epochs` makes it with this dataset."""
+    if cfg.run.epochs is None:
+        return cfg
+    return scaled_to(cfg, float(round(cfg.run.epochs * dataset.n_rows)) * cfg.data.seq_len)
+
+
 def open_dataset(cfg: ExperimentConfig, cache: Path | None = None) -> Dataset:
     """The experiment's dataset, from the cache or made and put there.
 
     Raises:
       ValueError: a corpus, tokenizer or cache that cannot be used; see `corpus` and `tokenizer`.
     """
+    found = _opened(cfg, cache)
+    if cfg.run.epochs is None:
+        return found
+    return replace(found, weights=tuple(float(len(rows)) for rows in found.train))
+
+
+def _opened(cfg: ExperimentConfig, cache: Path | None) -> Dataset:
     if cfg.data.synthetic:
         return _synthetic(cfg)
     if cfg.data.path is not None and (Path(cfg.data.path).expanduser() / _ABOUT).is_file():
@@ -118,11 +144,13 @@ def open_dataset(cfg: ExperimentConfig, cache: Path | None = None) -> Dataset:
 def _open_shards(cfg: ExperimentConfig, found: Chosen, cache: Path) -> Dataset:
     """The dataset that a prepared corpus gives."""
     data, shards = cfg.data, found.shards
+    if data.format == "chat":
+        raise ValueError(f"{shards.folder}: a prepared corpus is of text; set data.format=text")
     if data.tokenizer is not None:
         raise ValueError(f"{shards.folder}: brings its tokenizer; unset data.tokenizer")
     tokenizer = shards.tokenizer()
     _check_tokenizer(cfg, tokenizer, str(shards.folder))
-    shape = {field: getattr(data, field) for field in _SHAPING}
+    shape = _shape(data)
     digest = _key(_CACHE_VERSION, shards.digest, shape, cfg.run.seed)
     quarantine = Quarantine(data.max_corrupt)
     train = tuple(
@@ -204,10 +232,12 @@ def _read(cfg: ExperimentConfig, folder: Path) -> Dataset | None:
     try:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         text = (folder / _TOKENIZER).read_text(encoding="utf-8")
-        shape = {field: about[field] for field in _SHAPING}
+        shape = {f: about[f] if old is None else about.get(f, old) for f, old in _SHAPING.items()}
         sources = tuple(SourceReport(**source) for source in about["sources"])
         train = tuple(rows[f"train_{i}"] for i in range(len(sources)))
         heldout, digest, files = rows["heldout"], about["digest"], about["files"]
+        chat = shape["format"] == "chat"
+        template = (folder / TEMPLATE).read_text(encoding="utf-8") if chat else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     for field, value in shape.items():
@@ -230,14 +260,53 @@ def _read(cfg: ExperimentConfig, folder: Path) -> Dataset | None:
         sources=sources,
         folder=folder,
         isolate_documents=cfg.data.isolate_documents,
+        chat_template=template,
     )
 
 
+def _shape(data: DataConfig) -> dict[str, Any]:
+    """What shapes rows beside their text; what fields younger than a cache add only if they are
+    not what they were then."""
+    shape = {field: getattr(data, field) for field in _SHAPING}
+    return {f: v for f, v in shape.items() if v != _SHAPING[f]}
+
+
+def _template(cfg: ExperimentConfig) -> str | None:
+    """The chat template of conversations: the one that is named, or that of the weights."""
+    if cfg.data.format != "chat":
+        return None
+    named = cfg.data.chat_template
+    if named is None:
+        found = None if cfg.init_from is None else load_template(_beside(cfg.init_from))
+        return found or DEFAULT_TEMPLATE
+    where = Path(named).expanduser()
+    found = where.read_text(encoding="utf-8") if where.is_file() else load_template(where)
+    if found is None:
+        raise ValueError(f"data.chat_template: {named}: no file, and no folder with a template")
+    return found
+
+
+def _beside(init_from: str) -> Path:
+    """Where the tokenizer of weights lies: with them, or in a conversion's folder of such files."""
+    folder = Path(init_from).expanduser()
+    return folder / "hf" if (folder / "hf" / _TOKENIZER).is_file() else folder
+
+
 def _tokenizer(cfg: ExperimentConfig, corpus: Corpus, cache: Path) -> Tokenizer:
-    if cfg.data.tokenizer is None:
+    named = cfg.data.tokenizer
+    if named is None and cfg.init_from is not None:  # weights know the ids they were trained on
+        named = str(_beside(cfg.init_from) / _TOKENIZER)
+        if not Path(named).is_file():
+            raise ValueError(
+                f"init_from: {cfg.init_from} has no {_TOKENIZER}, and another one's ids mean other "
+                "text; set data.tokenizer"
+            )
+    if named is None:
+        if cfg.data.format == "chat":
+            raise ValueError("data.format: chat needs a trained tokenizer; set data.tokenizer")
         return _trained_tokenizer(cfg, corpus, cache)
-    tokenizer = load_tokenizer(cfg.data.tokenizer)
-    _check_tokenizer(cfg, tokenizer, cfg.data.tokenizer)
+    tokenizer = load_tokenizer(named)
+    _check_tokenizer(cfg, tokenizer, named)
     return tokenizer
 
 
@@ -286,30 +355,47 @@ def _open_cached(
     cfg: ExperimentConfig, corpus: Corpus, tokenizer: Tokenizer, cache: Path
 ) -> Dataset:
     """The dataset of a corpus: from the cache, or made and put there."""
-    shape = {field: getattr(cfg.data, field) for field in _SHAPING}
+    template = _template(cfg)
     weights = [source.weight for source in corpus.sources]
-    key = _key(_CACHE_VERSION, corpus.digest, tokenizer.digest, shape, weights, cfg.run.seed)
+    made_of = (corpus.digest, tokenizer.digest, _shape(cfg.data), weights, cfg.run.seed)
+    key = _key(_CACHE_VERSION, *made_of, *([] if template is None else [template]))
     folder = cache / "rows" / key
     if (found := _read(cfg, folder)) is not None:
         return found
     with alone(folder):
         if (found := _read(cfg, folder)) is not None:
             return found
-        rows = _encode_all(cfg, corpus, tokenizer)
+        rows, too_long = _encode_all(cfg, corpus, tokenizer, template)
         train = tuple(rows[f"train_{i}"] for i in range(len(corpus.sources)))
-        sources = [asdict(source) for source in _report(corpus, train)]
+        sources = [asdict(source) for source in _report(corpus, train, too_long)]
+        shape = {field: getattr(cfg.data, field) for field in _SHAPING}
         about = {"digest": key, **shape, "sources": sources, "files": corpus.files}
-        write_rows(folder, rows, {_TOKENIZER: tokenizer.text, _ABOUT: json.dumps(about, indent=1)})
+        texts = {_TOKENIZER: tokenizer.text, _ABOUT: json.dumps(about, indent=1)}
+        write_rows(folder, rows, texts | ({} if template is None else {TEMPLATE: template}))
         if (found := _read(cfg, folder)) is None:
             raise ValueError(f"{folder}: reads back other than it was written; check the disk")
         return found
 
 
-def _encode_all(cfg: ExperimentConfig, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Rows]:
-    """Rows by name. Held-out text is encoded as it is: no FIM, no random splitting."""
-    data = cfg.data
+def _encode_all(
+    cfg: ExperimentConfig, corpus: Corpus, tokenizer: Tokenizer, template: str | None
+) -> tuple[dict[str, Rows], list[int]]:
+    """Rows by name, and how many conversations of each source are too long for one. Held-out text
+    is encoded as it is: no FIM, no random splitting."""
+    data, capacity = cfg.data, cfg.data.seq_len + 1
+    chat = None if template is None else ChatTemplate(template, tokenizer)
 
-    def packed(documents: Iterable[Document], fim_rate: float, newline_split_rate: float) -> Rows:
+    def packed(
+        documents: Sequence[Document], fim_rate: float, newline_split_rate: float
+    ) -> tuple[Rows, int]:
+        if chat is not None:
+            found = encode_conversations(chat, ((d.name, d.text) for d in documents), capacity)
+            if documents and not found.documents:
+                raise ValueError(
+                    f"{documents[0].source}: no conversation fits in data.seq_len={data.seq_len} "
+                    f"tokens, the first is {found.too_long[0]}; raise it"
+                )
+            return pack(found.documents, capacity, tokenizer.pad), len(found.too_long)
         ids = encode_documents(
             tokenizer,
             [d.text for d in documents],
@@ -317,16 +403,16 @@ def _encode_all(cfg: ExperimentConfig, corpus: Corpus, tokenizer: Tokenizer) -> 
             fim_rate=fim_rate,
             newline_split_rate=newline_split_rate,
         )
-        return pack(list(ids), data.seq_len + 1, tokenizer.pad)
+        return pack(list(ids), capacity, tokenizer.pad), 0
 
-    rows = {
-        f"train_{i}": packed(documents, data.fim_rate, data.newline_split_rate)
-        for i, documents in enumerate(corpus.train)
-    }
-    held = packed((d for documents in corpus.heldout for d in documents), 0.0, 0.0)
+    rows, too_long = {}, []
+    for i, documents in enumerate(corpus.train):
+        rows[f"train_{i}"], n = packed(documents, data.fim_rate, data.newline_split_rate)
+        too_long.append(n)
+    held, _ = packed([d for documents in corpus.heldout for d in documents], 0.0, 0.0)
     order_N = np.random.default_rng(0).permutation(len(held.tokens_NS))  # a prefix is a fair sample
     rows["heldout"] = Rows(held.tokens_NS[order_N], held.segments_NS[order_N])
-    return rows
+    return rows, too_long
 
 
 def _check_ids(rows: Rows, vocab_size: int, file: str) -> None:
@@ -342,7 +428,10 @@ def _check_ids(rows: Rows, vocab_size: int, file: str) -> None:
         )
 
 
-def _report(corpus: Corpus, train: tuple[Rows, ...]) -> tuple[SourceReport, ...]:
+def _report(
+    corpus: Corpus, train: tuple[Rows, ...], too_long: list[int]
+) -> tuple[SourceReport, ...]:
+    parts = zip(corpus.sources, corpus.train, train, too_long, strict=True)
     return tuple(
         SourceReport(
             name=source.name,
@@ -351,8 +440,9 @@ def _report(corpus: Corpus, train: tuple[Rows, ...]) -> tuple[SourceReport, ...]
             megabytes=sum(len(d.text.encode()) for d in documents) / 1e6,
             tokens=rows.n_tokens,
             rows=len(rows.tokens_NS),
+            too_long=n_too_long,
         )
-        for source, documents, rows in zip(corpus.sources, corpus.train, train, strict=True)
+        for source, documents, rows, n_too_long in parts
     )
 
 

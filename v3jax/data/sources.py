@@ -2,12 +2,15 @@
 
 The embedded sources are read in place, so that the default corpus needs no download and copies
 nothing: `stdlib` (sources of the standard library), `pydoc_topics` (the language reference as
-prose), `arithmetic` (questions and answers on numbers) and `package:NAME` (sources of an installed
-dependency, found without importing it). Test folders and files that are not UTF-8 are left out.
+prose), `arithmetic` (questions and answers on numbers), `instructions` and `chains` (short
+conversations, for fine-tuning) and `package:NAME` (sources of an installed dependency, found
+without importing it).
+Test folders and files that are not UTF-8 are left out.
 
 A user's source is a file, a directory or a glob of .txt, .md, .rst, .py and .jsonl files. A file is
 a document and so is a line of a .jsonl file; a path that names one single text file stands for a
-whole corpus, so that file is cut at blank lines into documents of some 16,000 characters.
+whole corpus, so that file is cut at blank lines into documents of some 16,000 characters. Where
+conversations are asked for, only they and .jsonl files will do (`conversations`).
 """
 
 import codecs
@@ -19,12 +22,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from v3jax.config import SourceConfig
-from v3jax.data import arithmetic
+from v3jax.data import arithmetic, conversations, instructions
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py"}
+_CONVERSATIONS = {"instructions": instructions.conversations, "chains": instructions.worked_out}
 _SECTION = 16_384  # characters; ours
 
 
@@ -37,15 +42,28 @@ class Document:
     text: str
 
 
-def read(source: SourceConfig) -> Iterator[Document]:
+def read(source: SourceConfig, *, chat: bool = False) -> Iterator[Document]:
     """The documents of `source` in a fixed order, empty ones left out.
+
+    Args:
+      chat: conversations are asked for, instead of text.
 
     Raises:
       ValueError: an unknown source, a path that is missing or cannot be read, invalid UTF-8, or a
         bad JSONL line; the message names file and place.
     """
     if source.path is not None:
-        documents = _read_user(source, source.path)
+        documents = _read_user(source, source.path, chat)
+    elif chat or source.name in _CONVERSATIONS:
+        if not chat or source.name not in _CONVERSATIONS:
+            raise ValueError(
+                f"data.sources: {source.name!r} has {'no ' if chat else ''}conversations; set "
+                f"data.format={'text' if chat else 'chat'} or give another source"
+            )
+        documents = (
+            Document(source.name, name, conversations.text_of(record, f"{source.name}:{name}"))
+            for name, record in _CONVERSATIONS[source.name]()
+        )
     elif source.name == "stdlib":
         documents = _read_tree(source.name, Path(os.__file__).parent)
     elif source.name == "pydoc_topics":
@@ -57,7 +75,7 @@ def read(source: SourceConfig) -> Iterator[Document]:
     else:
         raise ValueError(
             f"data.sources: {source.name!r} is no embedded source (stdlib, pydoc_topics, "
-            "arithmetic, package:NAME); give it a path"
+            "arithmetic, package:NAME; of conversations instructions, chains); give it a path"
         )
     return (d for d in documents if d.text.strip())
 
@@ -95,7 +113,7 @@ def _read_package(source: str) -> Iterator[Document]:
     return (document for root in roots for document in _read_tree(source, root))
 
 
-def _read_user(source: SourceConfig, path: str) -> Iterator[Document]:
+def _read_user(source: SourceConfig, path: str, chat: bool) -> Iterator[Document]:
     files = _user_files(path)
     if not files:
         raise ValueError(
@@ -104,8 +122,10 @@ def _read_user(source: SourceConfig, path: str) -> Iterator[Document]:
     single = files == [Path(path).expanduser()]
     for file in files:
         if file.suffix == ".jsonl":
-            yield from _read_jsonl(source, file)
+            yield from _read_jsonl(source, file, chat)
             continue
+        if chat:
+            raise ValueError(f"{file}: no .jsonl file; data.format=chat reads conversations alone")
         text = _decode(file, _read_bytes(file))
         if single:
             for start, section in _sections(text):
@@ -170,7 +190,7 @@ def _decode(file: Path, raw: bytes, at: int = 0) -> str:
         ) from None
 
 
-def _read_jsonl(source: SourceConfig, file: Path) -> Iterator[Document]:
+def _read_jsonl(source: SourceConfig, file: Path, chat: bool) -> Iterator[Document]:
     at = 0
     with _naming(file), file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -178,17 +198,26 @@ def _read_jsonl(source: SourceConfig, file: Path) -> Iterator[Document]:
             at += len(line)
             if record.strip():
                 place = f"{file}:{number}"
-                yield Document(source.name, place, _text_of(record, source.text_field, place))
+                text = (
+                    conversations.text_of(_parsed(record, place), place)
+                    if chat
+                    else _text_of(record, source.text_field, place)
+                )
+                yield Document(source.name, place, text)
 
 
-def _text_of(line: str, field: str, place: str) -> str:
-    """The text field of one JSON line."""
+def _parsed(line: str, place: str) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not JSON ({error.msg}); fix or drop the line") from None
     except RecursionError:
         raise ValueError(f"{place}: JSON nested too deep; fix or drop the line") from None
+
+
+def _text_of(line: str, field: str, place: str) -> str:
+    """The text field of one JSON line."""
+    record = _parsed(line, place)
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError(f"{place}: no text field {field!r}; set data.text_field")

@@ -175,6 +175,7 @@ def _forward(
         params,
         router_state,
         tokens_BS[:, :-1],
+        positions_T=objective.positions(inputs_BT, isolate_documents=isolate),
         segments_BT=objective.isolated(inputs_BT, isolate_documents=isolate),
         counted_BS=inputs_BT != 0,
     )

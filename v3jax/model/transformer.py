@@ -47,6 +47,7 @@ class Transformer(Module):
         tokens_BS: jax.Array,
         *,
         ahead: int = 0,
+        positions_T: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         counted_BS: jax.Array | None = None,
         tree: Tree | None = None,
@@ -59,6 +60,7 @@ class Transformer(Module):
             the next two are of whole rows, and what comes out is of a device's own positions.
           ahead: 1 in training, where the row's last token is only looked ahead to: the MTP modules
             run. With 0 all tokens are inputs and the modules are left out.
+          positions_T: of the inputs, a device's own, `[T]` or `[B, T]`; None: places in the row.
           segments_BT: confines attention to equal segments; None sees the whole row.
           counted_BS: bool; tokens that count in loads and the balance loss. None: all.
           tree: the rows hold token trees, for inference (`ahead` 0, no segments).
@@ -70,7 +72,8 @@ class Transformer(Module):
             self.parameter("lm_head", init, (cfg.dim, cfg.vocab_size), "embed", "vocab")
         final_norm = self.norm_weight("norm", cfg.dim)
         length = tokens_BS.shape[1] - ahead
-        positions_T = zigzag.positions(length) if tree is None else tree.positions_BT
+        if positions_T is None:
+            positions_T = zigzag.positions(length) if tree is None else tree.positions_BT
         if counted_BS is None:
             counted_BS = jnp.ones(tokens_BS.shape, bool)
         counted_BT = zigzag.own(counted_BS[:, :length])

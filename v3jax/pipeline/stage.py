@@ -88,7 +88,8 @@ class Stage:
         inputs_BT = segments_BS[:, :-1]
         isolate = self.cfg.data.isolate_documents
         isolated = objective.isolated(inputs_BT, isolate_documents=isolate)
-        return zigzag.positions(inputs_BT.shape[1]), isolated, zigzag.own(inputs_BT != 0)
+        positions_T = objective.positions(inputs_BT, isolate_documents=isolate)
+        return positions_T, isolated, zigzag.own(inputs_BT != 0)
 
     def _of(self, slot: Slot) -> tuple[Any, Any]:
         """A layer's parameters and router bias."""
