@@ -1,7 +1,7 @@
 """The full-size step, compiled for pods that are not here, and MaxText's beside it.
 
     python -m benchmarks.full_size --tpu-python=PYTHON --cuda-python=PYTHON      # the layouts
-    python -m benchmarks.full_size --parts=piped,fp8 --tpu-python=PYTHON --cuda-python=PYTHON
+    python -m benchmarks.full_size --parts=piped,fp8,long --tpu-python=PYTHON --cuda-python=PYTHON
     python -m benchmarks.full_size --parts=recompute --tpu-python=PYTHON --cuda-python=PYTHON
     python -m benchmarks.full_size --parts=step,layer --tpu-python=PYTHON --maxtext=DIR
     python -m benchmarks.full_size --parts=readme        # what is in results, as the README has it
@@ -9,13 +9,13 @@
 What each part finds is also written to benchmarks/results, with the command.
 
 `layouts`: every layout of `v3_full` without stages through `v3jax.aot`, `piped`: `v3_full` itself
-for H100 and v5p, `fp8`: both for H100 in FP8. `recompute`: memory and work of a device under each
-`numerics.remat`. `step`: MaxText 0.2.5's own recipe for DeepSeek-V3 on 512 TPU v5p (FSDP
-512, sequence 8192, 6 sequences a chip; without MTP, bias update, node-limited routing or balance
-loss) against `v3_full_v5p` with the same tokens a chip and all of them. `layer`: what one MoE layer
-of V3's widths adds to XLA's estimate on 64 v5p with 4 x 4096 tokens a chip and full recompute, as
-the difference of one dense + two MoE layers and one dense + one. Both programs' collectives and
-kernels are counted by the reader of `v3jax.aot`. `--maxtext` is a folder with
+for H100 and v5p, `fp8`: both for H100 in FP8, `long`: the context extensions. `recompute`: memory
+and work of a device under each `numerics.remat`. `step`: MaxText 0.2.5's own recipe for DeepSeek-V3
+on 512 TPU v5p (FSDP 512, sequence 8192, 6 sequences a chip; without MTP, bias update, node-limited
+routing or balance loss) against `v3_full_v5p` with the same tokens a chip and all of them. `layer`:
+what one MoE layer of V3's widths adds to XLA's estimate on 64 v5p with 4 x 4096 tokens a chip and
+full recompute, as the difference of one dense + two MoE layers and one dense + one. Both programs'
+collectives and kernels are counted by the reader of `v3jax.aot`. `--maxtext` is a folder with
 benchmarks/maxtext_requirements.txt installed and libtpu.
 """
 
@@ -31,6 +31,7 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks.kept import keep, kept, markdown
+from v3jax import registry
 from v3jax.aot import targets
 from v3jax.aot.__main__ import compile_for
 from v3jax.aot.collectives import read_collectives
@@ -38,9 +39,11 @@ from v3jax.aot.costs import read_costs
 from v3jax.aot.hlo import parse
 from v3jax.aot.report import table
 from v3jax.aot.targets import GIB
+from v3jax.config import MeshConfig
+from v3jax.sharding import MESH_AXES
 
 _PARTS = flags.DEFINE_list(
-    "parts", ["layouts"], "layouts, piped, fp8, recompute, step, layer, readme."
+    "parts", ["layouts"], "layouts, piped, fp8, long, recompute, step, layer, readme."
 )
 _ONLY = flags.DEFINE_list("only", [], "Names of layouts, or chips of `piped`; default all.")
 _TPU = flags.DEFINE_string("tpu-python", "python", "Python of an environment with extra tpu.")
@@ -63,6 +66,13 @@ FP8 = {
 }
 """What is compiled in FP8 too, by the name of its results in BF16. Without stages the report's own
 choice of what is recomputed fits."""
+LONG = {
+    "v3_ctx32k_h100": "v3_ctx32k",
+    "v3_ctx128k_h100": "v3_ctx128k",
+    "v3_ctx32k_v5p": "v3_ctx32k_v5p",
+    "v3_ctx128k_v5p": "v3_ctx128k_v5p",
+}
+"""Names of results, and experiments; those for v5p without the scheduler's estimate."""
 THEIR_FLAGS = Path(__file__).parent / "maxtext_flags.txt"
 """Of MaxText's recipe `deepseek3_671b_v5p_1024`, but for one that this libtpu does not know."""
 
@@ -90,13 +100,23 @@ def print_fp8() -> None:
         _print_layout(exp, PIPED["h100"], _in_fp8(name), settings)
 
 
+def print_long() -> None:
+    """The same of the context extensions, which XLA's own estimate of TPUs takes too long for."""
+    for name in _ONLY.value or LONG:
+        target = LAYOUTS["v3_full_v5p"] if name.endswith("v5p") else PIPED["h100"]
+        _print_layout(LONG[name], target, name, estimate=False)
+
+
 def _in_fp8(name: str) -> str:
     return name.replace("_h100", "_fp8_h100")
 
 
-def _print_layout(exp: str, target: str, name: str, settings: Sequence[str] = ()) -> None:
-    report = ours(exp, settings, targets.parse(target), estimate=True)
+def _print_layout(
+    exp: str, target: str, name: str, settings: Sequence[str] = (), *, estimate: bool = True
+) -> None:
+    report = ours(exp, settings, targets.parse(target), estimate=estimate)
     told = "".join(f" --set {setting}" for setting in settings)
+    told += "" if estimate else " --no-estimate"
     keep(name, f"python -m v3jax.aot --exp={exp} --target={target} --json{told}", report)
     print(f"{table(report)}\n", flush=True)
 
@@ -412,6 +432,12 @@ def print_readme() -> None:
     rows.insert(-3, ["idle in the pipeline", *(f"{r['idle_share']:.1%}" for r in piped)])
     print()
     print(markdown(["`v3_full`, pipe=16", *PIPED], [*rows, *_exchange_rows(piped)]))
+    long = [kept(name) for name in LONG]
+    meshes = [registry.get(exp).mesh for exp in LONG.values()]
+    rows = [row for row in _layout_rows(long) if row[0] != "by XLA, s"]
+    rows[2:2] = [[MESH_AXES_TOLD, *(_told(mesh) for mesh in meshes)]]
+    print()
+    print(markdown(["", *(f"`{exp}`" for exp in LONG.values())], rows))
     both = [kept(n) for name in FP8 for n in (name, _in_fp8(name))]
     columns = [f"`{exp}` {kind}" for exp, _ in FP8.values() for kind in ("BF16", "FP8")]
     print()
@@ -465,6 +491,13 @@ def print_readme() -> None:
             ],
         )
     )
+
+
+MESH_AXES_TOLD = " x ".join(MESH_AXES)
+
+
+def _told(mesh: MeshConfig) -> str:
+    return " x ".join(str(getattr(mesh, axis)) for axis in MESH_AXES)
 
 
 def _policy(r: Mapping[str, Any]) -> str:
@@ -544,6 +577,7 @@ def main(argv: list[str]) -> None:
         "layouts": print_layouts,
         "piped": print_piped,
         "fp8": print_fp8,
+        "long": print_long,
         "recompute": print_recompute,
         "step": print_step,
         "layer": print_layer,
