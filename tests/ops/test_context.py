@@ -117,8 +117,10 @@ def test_keys_and_values_in_fp8_are_near() -> None:
     found = []
     for some in (form, FORM):
 
-        def total(*arrays: Any, some: context.Form = some) -> tuple[jax.Array, jax.Array]:
-            out = shared(some, 4, *arrays, None)
+        def total(
+            q: jax.Array, latent: jax.Array, kv_b: jax.Array, some: context.Form = some
+        ) -> tuple[jax.Array, jax.Array]:
+            out = shared(some, 4, q, latent, kv_b, None)
             return jnp.sum(jnp.square(out)), out
 
         found.append(jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays))
