@@ -68,7 +68,7 @@ def v3_sft() -> ExperimentConfig:
 
 @register
 def v3_tiny_sft() -> ExperimentConfig:
-    """Fine-tuning of a tiny model on `instructions`, about three minutes on two CPU cores."""
+    """Fine-tuning of a tiny model on `instructions`, two epochs."""
     tiny = v3_tiny()
     cfg = replace(
         tiny,

@@ -20,6 +20,7 @@ from v3jax.config import ExperimentConfig
 from v3jax.data.dataset import lengthened, open_dataset
 from v3jax.data.loader import make_loader
 from v3jax.data.packing import pack, seen
+from v3jax.evals.by_source import by_source
 from v3jax.metrics import read_rows
 from v3jax.model.transformer import head_logits
 from v3jax.objective import Scale
@@ -189,6 +190,8 @@ def test_fine_tuning_learns_answers_and_goes_on_after_a_stop(tmp_path: Path) -> 
         mini.finished() / "tokenizer.json"
     ).read_text()
     loaded = models.open_model(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"data\.format: figures by source are of text"):
+        by_source(tmp_path / "whole")
     assert loaded.chat_template == (tmp_path / "whole" / "chat_template.jinja").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Conversations made of made-up words and numbers, for fine-tuning in minutes; nothing to download.
+"""Conversations made of made-up words and numbers, for small models; nothing to download.
 
 Forms ask for names in a certain form. Chains ask for the result of a few small steps; a user gets
 the result, and whoever asks under `THINK` gets the steps before it. Names and chains lie on one

@@ -89,7 +89,16 @@ def _corpus_around(path: str | None) -> Path | None:
 
 
 def held_out(data: DataConfig) -> list[tuple[str, tuple[Document, ...]]]:
-    """Each source's name and held-out documents, of a prepared corpus or any other."""
+    """Each source's name and held-out documents, of a prepared corpus or any other.
+
+    Raises:
+      ValueError: conversations, which are no text; or as `chosen`.
+    """
+    if data.format == "chat":
+        raise ValueError(
+            "data.format: figures by source are of text, and the run's documents are "
+            "conversations; evaluate it with --tasks=harness:NAME --chat"
+        )
     found = chosen(data)
     if found is None:
         corpus = load_corpus(data)

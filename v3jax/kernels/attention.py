@@ -107,7 +107,9 @@ def on_gpu(q_BTHK: jax.Array, k_BTHK: jax.Array, v_BTHV: jax.Array, scale: float
 # blocks, so its kernels are called by what that derivative itself calls.
 
 Segments = tuple[jax.Array, jax.Array] | None
+"""Of the queries and of the keys, `[B, P]`: a query sees keys of its own; None: all."""
 Attended = tuple[jax.Array, jax.Array]
+"""The output `[B, P, H, V]` and the log-sum-exp `[B, H, P]`, FP32 at least."""
 
 
 def block_on_tpu(

@@ -15,14 +15,10 @@ from jax import lax
 
 from v3jax import kernels
 from v3jax.kernels import attention as fused
+from v3jax.kernels.attention import Attended, Segments
 from v3jax.ops.precision import wide, widen
 
 _CHUNK = 512
-
-Segments = tuple[jax.Array, jax.Array] | None
-"""Of the queries and of the keys, `[B, P]`: a query sees keys of its own; None: all."""
-Attended = tuple[jax.Array, jax.Array]
-"""The output `[B, P, H, V]` and the log-sum-exp `[B, H, P]`, FP32 at least."""
 
 
 def attend(
