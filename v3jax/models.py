@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from v3jax import checkpoint, config, hf
-from v3jax.config import ExperimentConfig, MeshConfig, ModelConfig, NumericsConfig
+from v3jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, NumericsConfig
 from v3jax.data.chat import DEFAULT_TEMPLATE, load_template
 from v3jax.data.tokenizer import Tokenizer, load_tokenizer
 from v3jax.hf.converted import BESIDE, SOURCE, Converted, open_converted
@@ -38,6 +38,8 @@ class Loaded:
     chat_template: str
     context: int
     """Tokens of the longest sequence it was made for."""
+    data: DataConfig | None = None
+    """What a run was trained on; None of public weights."""
 
 
 def open_reader(directory: str | Path) -> Reader | None:
@@ -99,7 +101,7 @@ def open_model(path: epath.PathLike, *, ema: bool = False) -> Loaded:
 def _open_run(root: epath.Path, *, ema: bool) -> Loaded:
     cfg, params, router_state, tokenizer = load_run(root, ema=ema)
     parts = (cfg.model, cfg.numerics, params, router_state)
-    return Loaded(*parts, tokenizer, DEFAULT_TEMPLATE, cfg.data.seq_len)
+    return Loaded(*parts, tokenizer, DEFAULT_TEMPLATE, cfg.data.seq_len, cfg.data)
 
 
 def identity(path: epath.PathLike, *, ema: bool = False) -> str:

@@ -1,0 +1,130 @@
+"""Documents in which facts are stated and asked for again later, made here.
+
+Ordinary lines of words, and among them keys with their values, which nothing but the document says:
+to continue a line that repeats a key, a model must look back. How far, how many facts there are and
+how long the document is vary, up to some thousand tokens, so that rows of any length a small model
+is trained on hold questions whose answers lie anywhere in them. The DeepSeek-V3 technical report
+tests this ability (section 4.3, figure 8) and does not say what taught it.
+"""
+
+import random
+from collections.abc import Iterator
+
+_DOCUMENTS = 1600
+_LINES = (6, 480)
+"""The fewest and the most lines of a document; as many are short as long, by their logarithm."""
+_DENSITIES = (0.15, 0.4, 0.8, 0.8)
+"""Shares of lines that are no filler, one of them a document's."""
+
+FACTS = (
+    "Note {key} {value}.",
+    "Also {key}: {value}",
+    "Here {key} = {value}",
+    "- {key} is {value}",
+    "The word for {key} is {value}.",
+    "The name of {key} was {value}.",
+    "They call {key} the {value}.",
+    "Let {key} stand for {value}.",
+)
+"""Templates of a fact, the same for the line that asks for it again: the value ends it, and the key
+stands behind a space, so that it is the same tokens everywhere."""
+
+ASKS = (
+    "Q: the word for {key}? A: the word for {key} is {value}.",
+    "What did we note on {key}? We note {key} {value}.",
+    "Again {key}: {value}",
+    "So {key} is {value}",
+)
+"""Further templates that ask."""
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+KEYS = _words(
+    """Lisbon Paris Berlin Vienna Madrid Dublin Oslo Prague Athens Cairo Delhi Tokyo Lima Quito
+    Havana Boston Dallas Denver Geneva Milan Naples Turin Porto Seville Zurich Basel Bonn Bremen
+    Kiel Lyon Nice Nantes Ghent Malmo Bergen Tampere Riga Vilnius Minsk Kiev Odessa Sofia Varna
+    Ankara Izmir Tunis Dakar Accra Lagos Nairobi Harare Durban Perth Sydney Osaka Kyoto Seoul Busan
+    Manila Hanoi Jakarta Colombo Kabul Tehran"""
+)
+
+FIRST = _words(
+    """amber brave calm dusty eager faint gentle hollow icy jolly keen lively mellow narrow olive
+    pale quiet rusty silent tender upper velvet warm yellow ashen bitter crimson distant emerald
+    fancy golden humble ivory jagged kindly loyal misty noble orange purple ragged scarlet tidy
+    ancient bronze clever dotted electric fragile grassy heavy indigo lonely marble nimble polite
+    royal sunny timid violet wooden young"""
+)
+"""First words of values."""
+
+SECOND = _words(
+    """anchor badger candle dragon eagle falcon garden hammer island jacket kettle lantern magnet
+    needle onion pepper quartz ribbon saddle teapot umbrella valley walnut zebra arrow basket camel
+    dolphin engine feather goblet hornet insect jungle kitten ladder monkey napkin oyster parrot
+    rabbit spider turtle vessel wagon acorn beaver cherry donkey ferry glove harbor iron jewel
+    lemon mirror nest owl pearl raven shell thistle willow"""
+)
+"""Second words of values."""
+
+_SUBJECTS = _words(
+    """child farmer teacher sailor doctor neighbour king soldier painter baker driver writer
+    mother father friend stranger student worker judge guest singer hunter miller clerk"""
+)
+_VERBS = _words(
+    """saw found left carried followed watched painted repaired opened closed sold bought kept
+    lost moved cleaned counted forgot remembered shared"""
+)
+_OBJECTS = _words(
+    """house road table letter window bridge river tree boat field door horse book chair lamp
+    stone fence market train picture clock coat bottle wheel"""
+)
+_PLACES = _words(
+    """yesterday today later again slowly alone together outside inside upstairs nearby early
+    late often twice quickly"""
+)
+_LINKS = _words("and but while because before after although until")
+
+
+def documents() -> Iterator[tuple[str, str]]:
+    """Names and texts, the same at every call: 1600 documents."""
+    for number in range(_DOCUMENTS):
+        yield f"{number:04d}", _document(random.Random(number))
+
+
+def value(draw: random.Random) -> str:
+    """A value: two words, of 4096 pairs."""
+    return f"{draw.choice(FIRST)} {draw.choice(SECOND)}"
+
+
+def _document(draw: random.Random) -> str:
+    fewest, most = _LINES
+    n_lines = round(fewest * (most / fewest) ** draw.random())
+    density = draw.choice(_DENSITIES)
+    told: list[tuple[str, str]] = []  # facts in the order of the line that last held them
+    free = draw.sample(KEYS, len(KEYS))
+    lines = []
+    for _ in range(n_lines):
+        if draw.random() >= density:
+            lines.append(_filler(draw))
+            continue
+        if not told or (free and draw.random() < 0.35):
+            fact, templates = (free.pop(), value(draw)), FACTS
+        else:
+            # Half from anywhere, half by the logarithm of the place back, which favours near ones.
+            near = int(len(told) ** draw.random())
+            back = draw.choice((near, draw.randint(1, len(told))))
+            fact, templates = told.pop(-back), FACTS + ASKS
+        told.append(fact)
+        lines.append(draw.choice(templates).format(key=fact[0], value=fact[1]))
+    return "\n".join(lines) + "\n"
+
+
+def _filler(draw: random.Random) -> str:
+    def clause() -> str:
+        subject, verb, thing = (draw.choice(x) for x in (_SUBJECTS, _VERBS, _OBJECTS))
+        return f"the {subject} {verb} the {thing} {draw.choice(_PLACES)}"
+
+    text = clause() if draw.random() < 0.5 else f"{clause()} {draw.choice(_LINKS)} {clause()}"
+    return f"{text[0].upper()}{text[1:]}."
