@@ -19,6 +19,7 @@ from v3jax.config import (
     NumericsConfig,
     PipelineConfig,
     SourceConfig,
+    YarnConfig,
 )
 from v3jax.registry import register
 
@@ -199,6 +200,119 @@ def v3_tiny_continued() -> ExperimentConfig:
         balance=replace(tiny.balance, bias_speed=((tokens, 0.0),)),
         mtp_weight=((tokens, 0.1),),
         run=replace(tiny.run, total_tokens=tokens, eval_every=10),
+    )
+
+
+@register
+def v3_tiny_base() -> ExperimentConfig:
+    """What the context is extended from: small, and trained on facts that are asked for again.
+
+        python -m v3jax.train --exp=v3_tiny_base
+        python -m v3jax.train --exp=v3_tiny_ctx1k
+        python -m v3jax.evaluate --ckpt=runs/v3_tiny_ctx1k --tasks=needle
+
+    A needle is found by attention that looks for an earlier occurrence of what it has just read.
+    v3_tiny has 320,000 tokens of programs, from which no model learns that. This one has ... million,
+    at first almost all of them facts: half the width makes up for the time.
+    """
+    tiny = v3_tiny()
+    cfg = replace(
+        tiny,
+        name="v3_tiny_base",
+        model=replace(
+            tiny.model,
+            vocab_size=2048,
+            dim=128,
+            n_layers=3,
+            q_latent_dim=64,
+            rope_head_dim=32,  # pairs enough for heads that look back by exactly one or two tokens
+            dense_ffn_dim=384,
+            expert_ffn_dim=64,
+            n_experts=8,
+            top_k=2,
+            init_std=0.045,  # the report's 0.006 times sqrt(7168 / 128)
+        ),
+        data=replace(
+            tiny.data,
+            tokenizer_vocab_size=2048,
+            sources=(
+                SourceConfig(name="stdlib", weight=0.25, max_mb=2.0),
+                SourceConfig(name="pydoc_topics", weight=0.25, max_mb=2.0),
+                SourceConfig(name="key_values", weight=0.5, max_mb=8.0),
+            ),
+            mixture=(
+                (3.2e5 * 0.3, (0.05, 0.05, 0.9)),
+                (3.2e5, (0.25, 0.25, 0.5)),
+            ),
+        ),
+        batch=BatchConfig(micro_batch=8, start=8, end=16, ramp_tokens=1.6e5),
+        optim=replace(
+            tiny.optim,
+            warmup_steps=50,
+            phases=tuple(replace(phase, lr=phase.lr * 1.5) for phase in tiny.optim.phases),
+            ema_decay=0.99,
+        ),
+        balance=replace(tiny.balance, bias_speed=((3.2e5 * 14.3 / 14.8, 0.005), (3.2e5, 0.0))),
+        run=replace(tiny.run, eval_every=200, checkpoint_every=200),
+    )
+    return scaled_to(cfg, 4e6)
+
+
+@register
+def v3_tiny_ctx1k() -> ExperimentConfig:
+    """v3_tiny_base's context from 256 to 1024 tokens, phase one of the report's extension."""
+    return _extended(v3_tiny_base(), "v3_tiny_ctx1k", seq_len=1024, init_from="runs/v3_tiny_base")
+
+
+@register
+def v3_tiny_ctx4k() -> ExperimentConfig:
+    """From 1024 to 4096 tokens, phase two."""
+    return _extended(v3_tiny_base(), "v3_tiny_ctx4k", seq_len=4096, init_from="runs/v3_tiny_ctx1k")
+
+
+def _extended(
+    base: ExperimentConfig, name: str, *, seq_len: int, init_from: str
+) -> ExperimentConfig:
+    """A phase of context extension (report section 4.3): YaRN, and longer rows in smaller batches.
+
+    Both phases are alike but for that: 1000 steps of as many tokens as the last steps of
+    pre-training had, at the rate that ended it. Ours: fewer steps, bias frozen and MTP at its lower
+    weight, as at the end of pre-training.
+    """
+    batch = base.batch.end * base.data.seq_len // seq_len
+    tokens = 200.0 * batch * seq_len
+    return replace(
+        base,
+        name=name,
+        init_from=init_from,
+        model=replace(
+            base.model,
+            yarn=YarnConfig(
+                factor=40.0,  # section 4.3, down to mscale
+                original_seq_len=base.data.seq_len,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                mscale=1.0,
+            ),
+        ),
+        data=replace(
+            base.data,
+            seq_len=seq_len,
+            tokenizer=init_from,
+            mixture=base.data.mixture[-1:],
+        ),
+        batch=BatchConfig(micro_batch=batch, start=batch, end=batch, ramp_tokens=0.0),
+        optim=replace(
+            base.optim,
+            warmup_steps=10,
+            phases=(LrPhase(shape="constant", until_tokens=tokens, lr=3.3e-4),),
+            ema_decay=None,
+        ),
+        balance=replace(base.balance, bias_speed=((tokens, 0.0),)),
+        mtp_weight=((tokens, 0.1),),
+        run=replace(
+            base.run, total_tokens=tokens, eval_every=50, eval_sequences=16, checkpoint_every=50
+        ),
     )
 
 

@@ -1,26 +1,31 @@
-"""Documents in which facts are stated and asked for again later, made here.
+"""Documents in which what was said before is said again, made here.
 
-Ordinary lines of words, and among them keys with their values, which nothing but the document says:
-to continue a line that repeats a key, a model must look back. How far, how many facts there are and
-how long the document is vary, up to some thousand tokens, so that rows of any length a small model
-is trained on hold questions whose answers lie anywhere in them. The DeepSeek-V3 technical report
-tests this ability (section 4.3, figure 8) and does not say what taught it.
+To continue them, a model must look back. Three kinds, each as short as a few lines and as long as
+some thousand tokens, so that rows of any length a small model is trained on need what stands
+anywhere in them:
+- a refrain repeats words that are in no order, from which looking back is learnt soonest;
+- a table holds keys with their values and nothing else, in one form, again and again;
+- a story is ordinary lines, and among them facts, a key and its value in a sentence, that other
+  sentences ask for later, near and far. Nothing but the document says what a key's value is.
+The DeepSeek-V3 technical report tests whether facts are found again (section 4.3, figure 8) and
+does not say what taught it.
 """
 
 import random
 from collections.abc import Iterator
+from itertools import batched
 
 _DOCUMENTS = 1600
 _LINES = (6, 480)
-"""The fewest and the most lines of a document; as many are short as long, by their logarithm."""
-_DENSITIES = (0.15, 0.4, 0.8, 0.8)
-"""Shares of lines that are no filler, one of them a document's."""
+"""The fewest and the most of a document; its logarithm is drawn evenly."""
+_DENSITIES = (0.1, 0.3, 0.6)
+"""Shares of a story's lines that are facts; one of them for each story."""
 
 FACTS = (
     "Note {key} {value}.",
     "Also {key}: {value}",
     "Here {key} = {value}",
-    "- {key} is {value}",
+    "And {key} is {value}",
     "The word for {key} is {value}.",
     "The name of {key} was {value}.",
     "They call {key} the {value}.",
@@ -28,6 +33,9 @@ FACTS = (
 )
 """Templates of a fact, the same for the line that asks for it again: the value ends it, and the key
 stands behind a space, so that it is the same tokens everywhere."""
+
+_TABLE = ("- {key} {value}", "- {key}: {value}", "- {key} = {value}", "- {key} is {value}")
+"""Templates of a table's lines."""
 
 ASKS = (
     "Q: the word for {key}? A: the word for {key} is {value}.",
@@ -88,9 +96,14 @@ _LINKS = _words("and but while because before after although until")
 
 
 def documents() -> Iterator[tuple[str, str]]:
-    """Names and texts, the same at every call: 1600 documents."""
+    """Names and texts, the same at every call: 1600 documents, as many of each kind."""
+    kinds = {"refrain": _refrain, "table": _table, "story": _story}
     for number in range(_DOCUMENTS):
-        yield f"{number:04d}", _document(random.Random(number))
+        kind = tuple(kinds)[number % len(kinds)]
+        draw = random.Random(number)
+        fewest, most = _LINES
+        n_lines = round(fewest * (most / fewest) ** draw.random())
+        yield f"{kind} {number:04d}", kinds[kind](draw, n_lines)
 
 
 def value(draw: random.Random) -> str:
@@ -98,10 +111,29 @@ def value(draw: random.Random) -> str:
     return f"{draw.choice(FIRST)} {draw.choice(SECOND)}"
 
 
-def _document(draw: random.Random) -> str:
-    fewest, most = _LINES
-    n_lines = round(fewest * (most / fewest) ** draw.random())
-    density = draw.choice(_DENSITIES)
+def _refrain(draw: random.Random, n_lines: int) -> str:
+    """Words in no order, again and again: what follows a word is what followed it before."""
+    words = draw.sample(KEYS + FIRST + SECOND, draw.randint(10, 60))
+    lines = [" ".join(part) for part in batched(words, 10)]
+    return "\n".join(lines * max(2, n_lines // len(lines))) + "\n"
+
+
+def _table(draw: random.Random, n_lines: int) -> str:
+    return _facts(draw, n_lines, density=1.0, facts=(draw.choice(_TABLE),), asks=())
+
+
+def _story(draw: random.Random, n_lines: int) -> str:
+    return _facts(draw, n_lines, density=draw.choice(_DENSITIES), facts=FACTS, asks=ASKS)
+
+
+def _facts(
+    draw: random.Random,
+    n_lines: int,
+    *,
+    density: float,
+    facts: tuple[str, ...],
+    asks: tuple[str, ...],
+) -> str:
     told: list[tuple[str, str]] = []  # facts in the order of the line that last held them
     free = draw.sample(KEYS, len(KEYS))
     lines = []
@@ -109,15 +141,15 @@ def _document(draw: random.Random) -> str:
         if draw.random() >= density:
             lines.append(_filler(draw))
             continue
-        if not told or (free and draw.random() < 0.35):
-            fact, templates = (free.pop(), value(draw)), FACTS
+        if not told or (free and draw.random() < 0.3):
+            fact, template = (free.pop(), value(draw)), draw.choice(facts)
         else:
             # Half from anywhere, half by the logarithm of the place back, which favours near ones.
             near = int(len(told) ** draw.random())
             back = draw.choice((near, draw.randint(1, len(told))))
-            fact, templates = told.pop(-back), FACTS + ASKS
+            fact, template = told.pop(-back), draw.choice(facts + asks)
         told.append(fact)
-        lines.append(draw.choice(templates).format(key=fact[0], value=fact[1]))
+        lines.append(template.format(key=fact[0], value=fact[1]))
     return "\n".join(lines) + "\n"
 
 
