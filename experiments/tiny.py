@@ -205,15 +205,14 @@ def v3_tiny_continued() -> ExperimentConfig:
 
 @register
 def v3_tiny_base() -> ExperimentConfig:
-    """What the context is extended from: small, and trained on facts that are asked for again.
+    """What the context is extended from: small, and trained to look back for what was said.
 
         python -m v3jax.train --exp=v3_tiny_base
         python -m v3jax.train --exp=v3_tiny_ctx1k
         python -m v3jax.evaluate --ckpt=runs/v3_tiny_ctx1k --tasks=needle
 
-    A needle is found by attention that looks for an earlier occurrence of what it has just read.
-    v3_tiny has 320,000 tokens of programs, from which no model learns that. This one has ... million,
-    at first almost all of them facts: half the width makes up for the time.
+    Not enough yet: on seed 0 these 4.5 million tokens end before the model looks back. It continues
+    8% of the tables' facts within 256 tokens, of new documents, where one in 24 is chance.
     """
     tiny = v3_tiny()
     cfg = replace(
@@ -221,12 +220,12 @@ def v3_tiny_base() -> ExperimentConfig:
         name="v3_tiny_base",
         model=replace(
             tiny.model,
-            vocab_size=2048,
+            vocab_size=1024,
             dim=128,
-            n_layers=3,
+            n_layers=2,
             q_latent_dim=64,
             rope_head_dim=32,  # pairs enough for heads that look back by exactly one or two tokens
-            dense_ffn_dim=384,
+            dense_ffn_dim=256,
             expert_ffn_dim=64,
             n_experts=8,
             top_k=2,
@@ -234,28 +233,28 @@ def v3_tiny_base() -> ExperimentConfig:
         ),
         data=replace(
             tiny.data,
-            tokenizer_vocab_size=2048,
+            tokenizer_vocab_size=1024,
             sources=(
-                SourceConfig(name="stdlib", weight=0.25, max_mb=2.0),
-                SourceConfig(name="pydoc_topics", weight=0.25, max_mb=2.0),
-                SourceConfig(name="key_values", weight=0.5, max_mb=8.0),
+                SourceConfig(name="stdlib", weight=0.2, max_mb=2.0),
+                SourceConfig(name="pydoc_topics", weight=0.2, max_mb=2.0),
+                SourceConfig(name="key_values", weight=0.5, max_mb=14.0),
             ),
             mixture=(
-                (3.2e5 * 0.3, (0.05, 0.05, 0.9)),
-                (3.2e5, (0.25, 0.25, 0.5)),
+                (3.2e5 * 0.7, (0.05, 0.05, 0.9)),
+                (3.2e5, (0.2, 0.2, 0.6)),
             ),
         ),
-        batch=BatchConfig(micro_batch=8, start=8, end=16, ramp_tokens=1.6e5),
+        batch=BatchConfig(micro_batch=4, start=4, end=8, ramp_tokens=2e5),
         optim=replace(
             tiny.optim,
             warmup_steps=50,
-            phases=tuple(replace(phase, lr=phase.lr * 1.5) for phase in tiny.optim.phases),
+            phases=tuple(replace(phase, lr=phase.lr / 2) for phase in tiny.optim.phases),
             ema_decay=0.99,
         ),
         balance=replace(tiny.balance, bias_speed=((3.2e5 * 14.3 / 14.8, 0.005), (3.2e5, 0.0))),
-        run=replace(tiny.run, eval_every=200, checkpoint_every=200),
+        run=replace(tiny.run, eval_every=1000, checkpoint_every=200),
     )
-    return scaled_to(cfg, 4e6)
+    return scaled_to(cfg, 4.5e6)
 
 
 @register
@@ -275,11 +274,10 @@ def _extended(
 ) -> ExperimentConfig:
     """A phase of context extension (report section 4.3): YaRN, and longer rows in smaller batches.
 
-    Both phases are alike but for that: 1000 steps of as many tokens as the last steps of
-    pre-training had, at the rate that ended it. Ours: fewer steps, bias frozen and MTP at its lower
-    weight, as at the end of pre-training.
+    Both phases are alike but for that: steps of as many tokens, at one constant rate. Ours: the
+    rate, 200 steps for 1000, bias frozen and MTP at its lower weight, as pre-training ends.
     """
-    batch = base.batch.end * base.data.seq_len // seq_len
+    batch = 4096 // seq_len
     tokens = 200.0 * batch * seq_len
     return replace(
         base,

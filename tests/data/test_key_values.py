@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,17 +53,22 @@ def test_there_are_as_many_documents_of_each_kind(documents: dict[str, str]) -> 
     assert max(kinds.values()) - min(kinds.values()) <= 1
 
 
-def test_a_refrain_is_the_same_lines_again(documents: dict[str, str]) -> None:
+def test_a_refrain_says_its_words_two_to_four_times_in_the_same_order(
+    documents: dict[str, str],
+) -> None:
     heads = set()
     for name, text in documents.items():
         if name.startswith("refrain"):
             lines = text.splitlines()
-            period = lines.index(lines[0], 1)
-            assert all(a == b for a, b in pairwise(lines[::period]))
+            first = lines[0]
+            period = lines.index(first, 1)
+            times = next(n for n in (2, 3, 4, 5) if lines[n * period : n * period + 1] != [first])
+            assert times <= 4
+            assert lines[: times * period] == lines[:period] * times
             words = " ".join(lines[:period]).split()
-            assert len(set(words)) == len(words) >= 10
-            heads.add(lines[0])
-    assert len(heads) > 500
+            assert len(set(words)) == len(words) >= 8
+            heads.add(first)
+    assert len(heads) > 1900
 
 
 def test_a_key_keeps_its_value_within_a_document_and_not_beyond(
