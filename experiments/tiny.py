@@ -225,7 +225,7 @@ def v3_tiny_base() -> ExperimentConfig:
             dim=128,
             n_layers=2,
             q_latent_dim=64,
-            rope_head_dim=32,  # more pairs to tell neighbours apart by; a guess, not compared with 16
+            rope_head_dim=32,  # to tell neighbours apart; a guess, not compared with 16
             dense_ffn_dim=256,
             expert_ffn_dim=64,
             n_experts=8,
