@@ -14,6 +14,7 @@ from v3jax.evals.by_source import SourceFigures
 pytest.importorskip("matplotlib", reason="needs the extra notebooks: matplotlib")
 from v3jax import plots
 from v3jax.pipeline.schedule import dualpipe, gpipe, simulate
+from v3jax.report import Needles
 
 
 @pytest.fixture
@@ -134,3 +135,14 @@ def test_lines_are_their_values_and_dashed_ones_have_their_colours() -> None:
     assert dashed.get_color() == other.get_color() != one.get_color()
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["one", "other"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("x", "y")
+
+
+def test_needle_maps_show_scores_by_depth_and_length() -> None:
+    found = Needles((128, 256, 512), (0, 100), [[1, 10, 5], [4, 2, 7]], [[0, 1, 0], [0, 0, 0]], 3)
+    picture: Any = plots.needle_maps({"before": found, "after": found})
+    before, after, key = picture.axes
+    assert (before.get_title(), after.get_title()) == ("before", "after")
+    np.testing.assert_array_equal(before.get_images()[0].get_array(), found.score_DL)
+    assert before.get_images()[0].get_clim() == (1, 10)
+    assert [t.get_text() for t in before.get_xticklabels()] == ["128", "512"]
+    assert key.get_ylabel() == "score"

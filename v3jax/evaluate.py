@@ -1,13 +1,16 @@
 """Evaluates a model as the report does, and sets its figures beside the report's.
 
     python -m v3jax.evaluate --ckpt=runs/v3_tiny --tasks=held_out,acceptance
+    python -m v3jax.evaluate --ckpt=runs/v3_tiny_ctx1k --tasks=needle [--max-length=N] [--yarn=off]
     python -m v3jax.evaluate --ckpt=DeepSeek-V3/ --tasks=mmlu,gsm8k --data=eval_data/ [--limit=100]
     python -m v3jax.evaluate --list
 
 `held_out` (loss, bits a byte and expert load by source) and `acceptance` (of MTP drafts by source)
-need nothing but the run. All other tasks belong to the language model evaluation harness (extra
-`eval`): one file for each row of the report's tables 3 and 6 in `evals/tasks`, `harness:NAME` for
-one of its own, FILE.yaml for one of yours. They read JSON lines from `--data` and never download.
+need nothing but the run. `needle` (section 4.3, figure 8) takes any model, at lengths beyond its
+own too; a run's map goes into its report.html as well. All other tasks belong to the language model
+evaluation harness (extra `eval`): one file for each row of the report's tables 3 and 6 in
+`evals/tasks`, `harness:NAME` for one of its own, FILE.yaml for one of yours. They read JSON lines
+from `--data` and never download.
 
 Finished requests are kept beside the results: the same command goes on where it was interrupted.
 """
@@ -21,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags, logging
+from etils import epath
 
 from v3jax import cli, host
 from v3jax.evals import catalogue
@@ -39,11 +43,18 @@ _MAX_LENGTH = flags.DEFINE_integer(
 _MAX_NEW = flags.DEFINE_integer(
     "max-new-tokens", None, "At most so many new tokens of a text, whatever tasks ask for."
 )
+_NEEDLES = flags.DEFINE_integer(
+    "needles", 4, "Contexts of a cell of the needle test.", lower_bound=1
+)
+_YARN = flags.DEFINE_string(
+    "yarn", None, "YaRN of the needle test: off, or a factor (40 in the report), trained so or not."
+)
 _LIST = flags.DEFINE_bool("list", False, "List the tasks, their data and what cannot be run.")
 
 _BUILT_IN = {
     "held_out": "loss, bits a byte and expert load on held-out documents by source",
     "acceptance": "MTP drafts that the main model takes, by source",
+    "needle": "a fact in a long context is found, by length and depth, as in the report's figure 8",
 }
 
 
@@ -85,6 +96,8 @@ def evaluate(ckpt: str, tasks: Sequence[str], out: Path) -> dict[str, Any]:
         results["held_out"] = _held_out(ckpt, out)
     if "acceptance" in tasks:
         results["acceptance"] = _acceptance(ckpt)
+    if "needle" in tasks:
+        results["needle"] = _needle(ckpt, out)
     if harness_tasks:
         results |= _harness(ckpt, harness_tasks, out)
     return results
@@ -122,6 +135,41 @@ def _acceptance(ckpt: str) -> list[dict[str, Any]]:
         print(f"{one.name:20s} {one.drafted:9d} {one.rate:9.1%} {one.tokens_per_step:19.2f}")
     print(f"{'all':20s} {sum(f.drafted for f in found):9d} {overall(found):9.1%}")
     return [vars(one) for one in found]
+
+
+def _needle(ckpt: str, out: Path) -> dict[str, Any]:
+    from v3jax.evals.needle import needle, with_yarn
+    from v3jax.models import open_model
+    from v3jax.report import needle_page
+    from v3jax.summary import keep_needles
+
+    loaded = open_model(ckpt, ema=_EMA.value)
+    if _YARN.value is not None:
+        loaded = with_yarn(loaded, _yarn_factor(_YARN.value))
+    print(f"{'tokens':>8s} {'score':>6s} {'right':>6s}")
+    found = needle(
+        loaded,
+        longest=_MAX_LENGTH.value,
+        n_needles=_NEEDLES.value,
+        chat=_CHAT.value,
+        progress=lambda n, score, right: print(f"{n:8d} {score:6.2f} {right:6.1%}", flush=True),
+    )
+    print(f"needles found: {found.exact:.1%} of {np.size(found.exact_DL) * found.needles}")
+    (out / "needle.html").write_text(needle_page(ckpt, found), encoding="utf-8")
+    print(f"scores by depth and length: {out / 'needle.html'}")
+    # A run's page shows the model as it is, not what else was tried with it.
+    as_it_is = _YARN.value is None and _MAX_LENGTH.value is None and not _EMA.value
+    if as_it_is and keep_needles(epath.Path(ckpt), found):
+        print(f"and in {epath.Path(ckpt) / 'report.html'}")
+    return vars(found)
+
+
+def _yarn_factor(text: str) -> float | None:
+    """The factor of --yarn; None for `off`."""
+    try:
+        return None if text == "off" else float(text)
+    except ValueError:
+        raise ValueError(f"--yarn={text}: neither off nor a factor; the report's is 40") from None
 
 
 def _harness(ckpt: str, tasks: dict[str, Any], out: Path) -> dict[str, Any]:

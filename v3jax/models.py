@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from v3jax import checkpoint, config, hf
-from v3jax.config import ExperimentConfig, MeshConfig, ModelConfig, NumericsConfig
+from v3jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig, NumericsConfig
 from v3jax.data.chat import DEFAULT_TEMPLATE, load_template
 from v3jax.data.dataset import TEMPLATE
 from v3jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -39,6 +39,8 @@ class Loaded:
     chat_template: str
     context: int
     """Tokens of the longest sequence it was made for."""
+    data: DataConfig | None = None
+    """What a run was trained on; None of public weights."""
 
 
 def open_reader(directory: str | Path) -> Reader | None:
@@ -102,7 +104,7 @@ def _open_run(root: epath.Path, *, ema: bool) -> Loaded:
     parts = (cfg.model, cfg.numerics, params, router_state)
     file = root / TEMPLATE
     template = file.read_text() if file.exists() else DEFAULT_TEMPLATE
-    return Loaded(*parts, tokenizer, template, cfg.data.seq_len)
+    return Loaded(*parts, tokenizer, template, cfg.data.seq_len, cfg.data)
 
 
 def identity(path: epath.PathLike, *, ema: bool = False) -> str:

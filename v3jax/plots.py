@@ -13,6 +13,7 @@ import numpy as np
 
 from v3jax.ablation import Figure, Run, by_variant, difference, estimate
 from v3jax.pipeline.schedule import Schedule, Simulation, Span, simulate
+from v3jax.report import Needles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,6 +123,19 @@ def load_by_source(runs: Runs, *, layer: int = 0, seed: int = 0) -> "Picture":
     for axes in grid[1:]:
         axes.set_yticklabels([])
     _key(picture, image, grid, "load / mean")
+    return picture
+
+
+def needle_maps(found: Mapping[str, Needles]) -> "Picture":
+    """Scores of the needle test by depth and length (report figure 8), one map a name."""
+    picture, grid = _grid(len(found), 3.0)
+    image = None
+    for axes, (name, one) in zip(grid, found.items(), strict=True):
+        image = axes.imshow(one.score_DL, aspect="auto", vmin=1, vmax=10, cmap="RdYlGn")
+        axes.set(title=name, xlabel="tokens", ylabel="depth, %")
+        axes.set_xticks(range(len(one.lengths))[::2], map(str, one.lengths[::2]), rotation=90)
+        axes.set_yticks(range(len(one.depths))[::2], map(str, one.depths[::2]))
+    _key(picture, image, grid, "score")
     return picture
 
 

@@ -1,11 +1,14 @@
 """`report.html`: one self-contained page of a run, drawn as inline SVG.
 
 Loss curves, learning rate and batch size, imbalance, the experts' loads over time, baselines on
-the same held-out text, and samples. Dims: S recorded steps, L MoE layers (MTP last), E experts.
+the same held-out text, samples and the needle test. Dims: S recorded steps, L MoE layers (MTP
+last), E experts.
 """
 
 import html
+import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +52,52 @@ class Sample:
 
     prompt: str
     text: str
+
+
+@dataclass(frozen=True)
+class Needles:
+    """What the needle test found, for L lengths and D depths."""
+
+    lengths: Sequence[int]
+    """Tokens of the contexts."""
+    depths: Sequence[int]
+    """Percent of the haystack before the needle."""
+    score_DL: Sequence[Sequence[float]]
+    """Mean scores, from 1 to 10."""
+    exact_DL: Sequence[Sequence[float]]
+    """Shares of right answers."""
+    needles: int
+    """Contexts of a cell."""
+
+    @property
+    def exact_L(self) -> list[float]:
+        """Share of right answers at each length."""
+        return np.mean(self.exact_DL, axis=0).tolist()
+
+    @property
+    def exact(self) -> float:
+        """Share of right answers in all cells."""
+        return float(np.mean(self.exact_DL))
+
+    def to_text(self) -> str:
+        """As JSON."""
+        return json.dumps(vars(self)) + "\n"
+
+    @classmethod
+    def from_text(cls, text: str, origin: str) -> "Needles":
+        """What `to_text` gave.
+
+        Raises:
+          ValueError: the text is something else.
+        """
+        try:
+            found = cls(**json.loads(text))
+            shape = (len(found.depths), len(found.lengths))
+            if np.shape(found.score_DL) == np.shape(found.exact_DL) == shape:
+                return found
+        except (ValueError, TypeError):
+            pass
+        raise ValueError(f"{origin}: damaged; delete it, and evaluate --tasks=needle again")
 
 
 def line(rows: Sequence[dict[str, Any]], key: str, name: str) -> Line:
@@ -184,6 +233,7 @@ def render(
     figures: Sequence[tuple[str, str]],
     bits_per_byte: Sequence[tuple[str, float]],
     samples: Sequence[Sample],
+    needles: Needles | None = None,
 ) -> str:
     """The page of a run.
 
@@ -194,6 +244,7 @@ def render(
       figures: the run's closing figures.
       bits_per_byte: the model and the baselines on the same held-out text.
       samples: what the model wrote.
+      needles: the needle test, if it was made.
     """
     losses = [
         line(rows, "loss", "training loss"),
@@ -225,7 +276,73 @@ def render(
         sections += [
             f"<pre><b>{html.escape(s.prompt)}</b>{html.escape(s.text)}</pre>" for s in samples
         ]
-    return _page(name, sections)
+    page = _page(name, sections)
+    return page if needles is None else with_needles(page, needles)
+
+
+def with_needles(page: str, needles: Needles) -> str:
+    """A run's page with the map of this needle test at its end, in place of an earlier one."""
+    page = re.sub(r'<section id="needle">.*?</section>', "", page, flags=re.DOTALL)
+    body, end, rest = page.rpartition("</body>")
+    return f'{body}<section id="needle">{_needle_section(needles)}</section>{end}{rest}'
+
+
+def needle_page(name: str, needles: Needles) -> str:
+    """A page with the needle test alone (report figure 8)."""
+    return _page(name, [f"<h1>{html.escape(name)}</h1>", _needle_section(needles)])
+
+
+def _needle_section(needles: Needles) -> str:
+    lines = [
+        (f"{n:,} tokens", f"{x:.0%}") for n, x in zip(needles.lengths, needles.exact_L, strict=True)
+    ]
+    many = "one context" if needles.needles == 1 else f"{needles.needles} contexts"
+    return (
+        "<h2>Needle in a haystack</h2>"
+        "<p>Mean score of each cell, 1 to 10: a key's value stands at some depth of a context, and "
+        f"its end asks for it; {many} a cell. Right answers: {needles.exact:.1%}.</p>"
+        + _key({f"score {score}": _score_colour(score) for score in (1, 3, 5, 7, 9, 10)})
+        + needle_map(needles)
+        + f"<p>Right answers by length:</p>{table(lines)}"
+    )
+
+
+def needle_map(needles: Needles) -> str:
+    """The heat map of report figure 8: lengths from left to right, depths from top to bottom."""
+    left, cell_h = _LEFT + 16, 18
+    cell_w = (_WIDTH - left - 10) / len(needles.lengths)
+    bottom = 4 + cell_h * len(needles.depths)
+    parts = [
+        f'<svg viewBox="0 0 {_WIDTH} {bottom + 42}" role="img" '
+        'aria-label="needle test, score by depth and length">'
+    ]
+    for d, depth in enumerate(needles.depths):
+        y = 4 + d * cell_h
+        parts.append(f'<text x="{left - 6}" y="{y + 13}" text-anchor="end">{depth}%</text>')
+        for n, length in enumerate(needles.lengths):
+            score, exact = needles.score_DL[d][n], needles.exact_DL[d][n]
+            parts.append(
+                f'<rect x="{left + n * cell_w:.1f}" y="{y}" width="{cell_w - 1:.1f}" '
+                f'height="{cell_h - 1}" fill="{_score_colour(score)}"><title>{length:,} tokens, '
+                f"depth {depth}%: score {score:.1f}, right {exact:.0%}</title></rect>"
+            )
+    for n, length in enumerate(needles.lengths):
+        x = left + (n + 0.5) * cell_w
+        label = f"{length / 1024:.0f}K" if length >= 10_000 else str(length)
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{label}</text>')
+    parts.append(
+        f'<text x="{left}" y="{bottom + 36}">depth of the needle downwards, tokens of the context '
+        "to the right</text></svg>"
+    )
+    return "".join(parts)
+
+
+def _score_colour(score: float) -> str:
+    """Red at 1, yellow halfway, green at 10."""
+    t = (min(max(score, 1.0), 10.0) - 1) / 9
+    red, yellow, green = np.array([[214, 69, 65], [245, 215, 110], [46, 160, 87]], float)
+    colour = red + (yellow - red) * t * 2 if t < 0.5 else yellow + (green - yellow) * (t * 2 - 1)
+    return "rgb({:.0f},{:.0f},{:.0f})".format(*colour)
 
 
 def specialisation_page(name: str, sources: Sequence[str], load_DLE: np.ndarray) -> str:

@@ -14,12 +14,13 @@ from v3jax.data import baselines
 from v3jax.data.dataset import Dataset
 from v3jax.data.packing import Rows
 from v3jax.metrics import read_rows
-from v3jax.report import Sample, render
+from v3jax.report import Needles, Sample, render, with_needles
 from v3jax.sharding import make_mesh
 from v3jax.state import TrainState
 
 _SAMPLE_PROMPTS = ("def ", "import numpy as np\n", "The ")
 _SAMPLE_TOKENS = 48
+_NEEDLES = "needle.json"
 _SAMPLED_ROWS = 2000
 """Of a prepared source, for the baselines."""
 
@@ -78,11 +79,29 @@ def write_report(
         figures=figures,
         bits_per_byte=compared,
         samples=samples,
+        needles=_needles(workdir),
     )
     (workdir / "report.html").write_text(page)
     for name, value in [*figures, *((f"bits a byte, {n}", f"{v:.3f}") for n, v in compared)]:
         print(f"{name:34s} {value}")
     print(f"done: {workdir / 'report.html'}", flush=True)
+
+
+def keep_needles(workdir: epath.Path, needles: Needles) -> bool:
+    """Keeps a needle test in a finished run's directory and shows it on its page, which is False
+    if there is none."""
+    page = workdir / "report.html"
+    if not page.exists():
+        return False
+    (workdir / _NEEDLES).write_text(needles.to_text())
+    page.write_text(with_needles(page.read_text(), needles))
+    return True
+
+
+def _needles(workdir: epath.Path) -> Needles | None:
+    """The needle test that was kept."""
+    file = workdir / _NEEDLES
+    return Needles.from_text(file.read_text(), str(file)) if file.exists() else None
 
 
 def _closing_figures(

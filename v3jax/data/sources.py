@@ -2,10 +2,10 @@
 
 The embedded sources are read in place, so that the default corpus needs no download and copies
 nothing: `stdlib` (sources of the standard library), `pydoc_topics` (the language reference as
-prose), `arithmetic` (questions and answers on numbers), `instructions` and `chains` (short
-conversations, for fine-tuning) and `package:NAME` (sources of an installed dependency, found
-without importing it).
-Test folders and files that are not UTF-8 are left out.
+prose), `arithmetic` (questions and answers on numbers), `key_values` (facts that are asked for
+again), `instructions` and `chains` (short conversations, for fine-tuning) and `package:NAME`
+(sources of an installed dependency, found without importing it). Test folders and files that are
+not UTF-8 are left out.
 
 A user's source is a file, a directory or a glob of .txt, .md, .rst, .py and .jsonl files. A file is
 a document and so is a line of a .jsonl file; a path that names one single text file stands for a
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from v3jax.config import SourceConfig
-from v3jax.data import arithmetic, conversations, instructions
+from v3jax.data import arithmetic, conversations, instructions, key_values
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py"}
@@ -70,12 +70,15 @@ def read(source: SourceConfig, *, chat: bool = False) -> Iterator[Document]:
         documents = _read_topics(source.name)
     elif source.name == "arithmetic":
         documents = (Document(source.name, *named) for named in arithmetic.documents())
+    elif source.name == "key_values":
+        documents = (Document(source.name, *named) for named in key_values.documents())
     elif source.name.startswith("package:"):
         documents = _read_package(source.name)
     else:
         raise ValueError(
             f"data.sources: {source.name!r} is no embedded source (stdlib, pydoc_topics, "
-            "arithmetic, package:NAME; of conversations instructions, chains); give it a path"
+            "arithmetic, key_values, package:NAME; of conversations instructions, chains); give it "
+            "a path"
         )
     return (d for d in documents if d.text.strip())
 

@@ -1,0 +1,112 @@
+"""Fine-tuning a tiny model, and reasoning data of an expert (report section 5.1).
+
+    python -m benchmarks.fine_tuning --base=DIR [--seeds=0,1,2] [--folder=runs/fine_tuning]
+
+From a trained run: an expert that works chains out, and for each seed a first fine-tuning, how
+often it follows an instruction whose contents no training saw, what the expert's checked answers
+are, and a second fine-tuning with them; held-out problems solved before and after, asked plainly
+and under the system prompt. Runs that are finished in the folder are not run again. Figures go to
+results/fine_tuning.json.
+"""
+
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from benchmarks.kept import called, keep, markdown
+from v3jax import host, registry, train
+from v3jax.config import ExperimentConfig
+from v3jax.data import instructions
+from v3jax.evals.problems import answers, pass_rate
+from v3jax.metrics import read_rows
+from v3jax.models import open_model
+from v3jax.reasoning import Sampling, distil, loop
+
+_BASE = flags.DEFINE_string("base", None, "Run directory of the model to fine-tune.", required=True)
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Values of run.seed.")
+_FOLDER = flags.DEFINE_string("folder", "runs/fine_tuning", "Where the runs are.")
+_FORMS = flags.DEFINE_integer("forms", 400, "Instructions that are asked.", lower_bound=1)
+_PROBLEMS = flags.DEFINE_integer("problems", 800, "Problems the expert is asked.", lower_bound=1)
+_TEST = flags.DEFINE_integer("test", 200, "Held-out problems.", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    host.prepare()
+    folder = Path(_FOLDER.value)
+    expert = folder / "expert"
+    seconds = {"expert": _train(_experiment("v3_tiny_expert", 0), expert)}
+    found = [_one_seed(int(seed), folder, expert) for seed in _SEEDS.value]
+    _print(found)
+    results = {"seconds": seconds, "seeds": found}
+    keep("fine_tuning", called("fine_tuning"), results)
+
+
+def _experiment(name: str, seed: int) -> ExperimentConfig:
+    cfg = registry.get(name)
+    return replace(cfg, init_from=_BASE.value, run=replace(cfg.run, seed=seed))
+
+
+def _train(cfg: ExperimentConfig, workdir: Path) -> float:
+    """Trains to the end; seconds in steps."""
+    if not (workdir / "report.html").exists() and not train.run(cfg, workdir).finished:
+        raise RuntimeError(f"{workdir}: stopped by a signal; the same command goes on")
+    return sum(row["step_seconds"] for row in read_rows(workdir / "metrics.jsonl"))
+
+
+def _one_seed(seed: int, folder: Path, expert: Path) -> dict[str, Any]:
+    first = folder / f"first-{seed}"
+    seconds = _train(_experiment("v3_tiny_sft", seed), first)
+    forms = _forms(first)
+    how = Sampling(
+        samples=4, temperature=1.0, top_p=1.0, max_tokens=96, seed=seed, system=instructions.THINK
+    )
+    out = folder / f"distilled-{seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    # Other problems for every seed.
+    asked = instructions.problems("chains", "train", _PROBLEMS.value * (seed + 1))
+    made = distil(str(expert), asked[-_PROBLEMS.value :], out, how)
+    test = instructions.problems("chains", "held_out", _TEST.value)
+    if not (out / "report.json").exists():
+        loop(_experiment("v3_tiny_sft", seed), made, str(first), test, out, how)
+    looped = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return {
+        "seed": seed,
+        "seconds_of_fine_tuning": seconds,
+        "forms": forms,
+        "after_forms": _forms(out / "sft"),
+        "distilled": asdict(made),
+        "before": looped["before"],
+        "after": looped["after"],
+    }
+
+
+def _forms(run: Path) -> dict[str, float]:
+    """Share of instructions with unseen contents that are followed, by kind and in all."""
+    loaded = open_model(run)
+    problems = instructions.problems("forms", "held_out", _FORMS.value)
+    found = answers(loaded, problems, max_tokens=64)
+    asked = Counter(a.problem.kind for a in found)
+    right = Counter(a.problem.kind for a in found if a.right)
+    return {"all": pass_rate(found)} | {kind: right[kind] / n for kind, n in sorted(asked.items())}
+
+
+def _print(found: list[dict[str, Any]]) -> None:
+    head = ["seed", *found[0]["forms"]]
+    rows = [[str(f["seed"]), *(f"{share:.0%}" for share in f["forms"].values())] for f in found]
+    print(markdown(head, rows))
+    head = ["seed", "expert right", "before", "before, asked to reason", "after", "after, asked"]
+    rows = []
+    for f in found:
+        shares = [f[when][how][0] for when in ("before", "after") for how in ("plain", "reasoned")]
+        expert = f["distilled"]["right"] / f["distilled"]["answers"]
+        rows.append([str(f["seed"]), *(f"{share:.1%}" for share in (expert, *shares))])
+    print(markdown(head, rows))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,125 @@
+"""The context of `v3_tiny_base` extended to 1K and searched for needles, before and after.
+
+    python -m benchmarks.long_context [--seeds=0] [--folder=runs/long_context] [--needles=4]
+        [--phases=v3_tiny_ctx1k,v3_tiny_ctx4k]
+
+Pre-trains and extends (report section 4.3) with the source `key_values` and without it, everything
+else alike, and prints the share of needles found at each length by every model: before the
+extension without YaRN and with YaRN that no training has seen, and after it. Runs that are finished
+in the folder are not run again. Figures go to results/long_context.json.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks.kept import called, keep, markdown
+from v3jax import host, registry
+from v3jax.ablation import Run, ablate
+from v3jax.evals.needle import needle, with_yarn
+from v3jax.models import open_model
+from v3jax.report import Needles
+
+_SEEDS = flags.DEFINE_list("seeds", ["0"], "Values of run.seed.")
+_FOLDER = flags.DEFINE_string("folder", "runs/long_context", "Where the runs are.")
+_NEEDLES = flags.DEFINE_integer("needles", 4, "Contexts of a cell.", lower_bound=1)
+_PHASES = flags.DEFINE_list("phases", ["v3_tiny_ctx1k"], "Experiments that extend the context.")
+
+BASE = "v3_tiny_base"
+FACTS = "key_values"
+VARIANTS = {f"with {FACTS}": True, f"without {FACTS}": False}
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    host.prepare()
+    found = {
+        name: [_pipeline(facts, int(seed)) for seed in _SEEDS.value]
+        for name, facts in VARIANTS.items()
+    }
+    for name, seeds in found.items():
+        print(f"\n{name}, mean of seeds {', '.join(_SEEDS.value)}; right answers by tokens")
+        print(table([one["needles"] for one in seeds]))
+        for one in seeds:
+            print(f"seed {one['seed']}: " + minutes(one["seconds"]))
+    keep("long_context", called("long_context"), {"needles a cell": _NEEDLES.value, "runs": found})
+
+
+def _pipeline(facts: bool, seed: int) -> dict[str, Any]:
+    """Trains a base and every phase on it; what each model finds."""
+    base = _train(BASE, facts, seed)
+    runs = {BASE: base}
+    for name in _PHASES.value:
+        before = list(runs.values())[-1].folder
+        runs[name] = _train(name, facts, seed, [f"init_from={before}", f"data.tokenizer={before}"])
+    longest = runs[_PHASES.value[0]].cfg.data.seq_len
+    found = {
+        f"{BASE}, no YaRN": _search(base, longest),
+        f"{BASE}, YaRN untrained": _search(base, longest, factor=40.0),
+    }
+    for name in _PHASES.value:
+        found[name] = _search(runs[name], runs[name].cfg.data.seq_len)
+    return {
+        "seed": seed,
+        "seconds": {
+            name: sum(row["step_seconds"] for row in run.rows) for name, run in runs.items()
+        },
+        "needles": {name: vars(one) for name, one in found.items()},
+    }
+
+
+def _train(exp: str, facts: bool, seed: int, settings: list[str] | None = None) -> Run:
+    """A finished run of an experiment, its source of facts drawn or never drawn."""
+    cfg = registry.get(exp)
+    name = exp if facts else f"{exp}_without"
+    changes = [] if facts else [f"data.mixture={without(cfg.data)}"]
+    (run,) = ablate(
+        cfg,
+        {name: changes},
+        folder=_FOLDER.value,
+        seeds=[seed],
+        settings=settings or [],
+        log=sys.stderr,
+    )[name]
+    return run
+
+
+def without(data: Any) -> tuple[Any, ...]:
+    """The mixture that draws no facts: the other sources in the proportions of the last phase."""
+    (until, weights) = data.mixture[-1]
+    names = [source.name for source in data.sources]
+    return ((until, tuple(0.0 if n == FACTS else w for n, w in zip(names, weights, strict=True))),)
+
+
+def _search(run: Run, longest: int, factor: float | None = None) -> Needles:
+    loaded = open_model(run.folder)
+    if factor is not None:
+        loaded = with_yarn(loaded, factor)
+    found = needle(loaded, longest=longest, n_needles=_NEEDLES.value)
+    print(f"{run.folder.name}: {found.exact:.1%} of needles found up to {longest}", file=sys.stderr)
+    return found
+
+
+def table(seeds: list[dict[str, dict[str, Any]]]) -> str:
+    """Right answers of each model by length, the mean of all seeds."""
+    lines = []
+    by_length: dict[tuple[int, ...], list[list[str]]] = {}
+    for name in seeds[0]:
+        some = [Needles(**one[name]) for one in seeds]
+        shares = np.mean([one.exact_L for one in some], axis=0)
+        cells = [name, *(f"{share:.0%}" for share in shares)]
+        by_length.setdefault(tuple(some[0].lengths), []).append(cells)
+    for lengths, rows in by_length.items():
+        lines.append(markdown(["model", *map(str, lengths)], rows))
+    return "\n\n".join(lines)
+
+
+def minutes(seconds: dict[str, float]) -> str:
+    """Training time of each run."""
+    return ", ".join(f"{name} {value / 60:.1f} minutes" for name, value in seconds.items())
+
+
+if __name__ == "__main__":
+    app.run(main)
