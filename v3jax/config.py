@@ -310,9 +310,9 @@ class MoEConfig:
 class SourceConfig:
     """One corpus source. `weight` is its share of the mixture, `max_mb` a cap on its raw text.
 
-    `name` is one of the embedded sources (`stdlib`, `pydoc_topics`, `arithmetic`, `package:NAME`;
-    of conversations `instructions` and `chains`) or a free name with `path` pointing at a file,
-    directory or glob of .txt, .md, .py or .jsonl files.
+    `name` is one of the embedded sources (`stdlib`, `pydoc_topics`, `arithmetic`, `key_values`,
+    `refrains`, `package:NAME`; of conversations `instructions` and `chains`) or a free name with
+    `path` pointing at a file, directory or glob of .txt, .md, .py or .jsonl files.
     """
 
     name: str

@@ -74,11 +74,11 @@ _FORMS: dict[str, tuple[int, Callable[..., str], Callable[..., str]]] = {
 def _form(draw: random.Random, side: Side) -> Problem:
     kind = draw.choice(sorted(_FORMS))
     n_words, ask, answer = _FORMS[kind]
-    words = [_name(draw, side) for _ in range(n_words)]
+    words = [made_up(draw, side) for _ in range(n_words)]
     return Problem(kind, _asked(ask(*words)), answer(*words), "exact")
 
 
-def _name(draw: random.Random, side: Side) -> str:
+def made_up(draw: random.Random, side: Side = "train") -> str:
     """A made-up word. There are a million, so that none can be learnt by heart."""
     while True:
         syllables = (draw.choice(_CONSONANTS) + draw.choice("aeiou") for _ in range(3))

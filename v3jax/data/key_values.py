@@ -1,9 +1,8 @@
 """Documents in which what was said before is said again, made here.
 
-To continue them, a model must look back. Three kinds, each as short as a few lines and as long as
+To continue them, a model must look back. Two kinds, each as short as a few lines and as long as
 some thousand tokens, so that rows of any length a small model is trained on need what stands
 anywhere in them:
-- a refrain repeats words that are in no order a few times, before it begins anew with others;
 - a table holds keys with their values and nothing else, in one form, again and again;
 - a story is ordinary lines, and among them facts, a key and its value in a sentence, that other
   sentences ask for later, near and far. Nothing but the document says what a key's value is.
@@ -13,7 +12,6 @@ does not say what taught it.
 
 import random
 from collections.abc import Iterator
-from itertools import batched
 
 _DOCUMENTS = 6000
 _LINES = (6, 480)
@@ -72,6 +70,8 @@ SECOND = _words(
 )
 """Second words of values."""
 
+WORDS = KEYS + FIRST + SECOND
+
 _SUBJECTS = _words(
     """child farmer teacher sailor doctor neighbour king soldier painter baker driver writer
     mother father friend stranger student worker judge guest singer hunter miller clerk"""
@@ -93,7 +93,7 @@ _LINKS = _words("and but while because before after although until")
 
 def documents() -> Iterator[tuple[str, str]]:
     """Names and texts, the same at every call: 6000 documents, as many of each kind."""
-    kinds = {"refrain": _refrain, "table": _table, "story": _story}
+    kinds = {"table": _table, "story": _story}
     for number in range(_DOCUMENTS):
         kind = tuple(kinds)[number % len(kinds)]
         draw = random.Random(number)
@@ -105,15 +105,6 @@ def documents() -> Iterator[tuple[str, str]]:
 def value(draw: random.Random) -> str:
     """A value: two words, of 576 pairs."""
     return f"{draw.choice(FIRST)} {draw.choice(SECOND)}"
-
-
-def _refrain(draw: random.Random, n_lines: int) -> str:
-    """Words in no order, said a few times: what follows a word is what followed it before."""
-    lines: list[str] = []
-    while len(lines) < n_lines:
-        words = draw.sample(KEYS + FIRST + SECOND, draw.randint(8, 32))
-        lines += [" ".join(part) for part in batched(words, 10)] * draw.randint(2, 4)
-    return "\n".join(lines) + "\n"
 
 
 def _table(draw: random.Random, n_lines: int) -> str:

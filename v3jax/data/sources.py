@@ -3,9 +3,9 @@
 The embedded sources are read in place, so that the default corpus needs no download and copies
 nothing: `stdlib` (sources of the standard library), `pydoc_topics` (the language reference as
 prose), `arithmetic` (questions and answers on numbers), `key_values` (facts that are asked for
-again), `instructions` and `chains` (short conversations, for fine-tuning) and `package:NAME`
-(sources of an installed dependency, found without importing it). Test folders and files that are
-not UTF-8 are left out.
+again), `refrains` (words said over and over), `instructions` and `chains` (short conversations, for
+fine-tuning) and `package:NAME` (sources of an installed dependency, found without importing it).
+Test folders and files that are not UTF-8 are left out.
 
 A user's source is a file, a directory or a glob of .txt, .md, .rst, .py and .jsonl files. A file is
 a document and so is a line of a .jsonl file; a path that names one single text file stands for a
@@ -18,14 +18,21 @@ import glob
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from v3jax.config import SourceConfig
-from v3jax.data import arithmetic, conversations, instructions, key_values
+from v3jax.data import arithmetic, conversations, instructions, key_values, refrains
+
+MADE: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
+    "arithmetic": arithmetic.documents,
+    "key_values": key_values.documents,
+    "refrains": refrains.documents,
+}
+"""Embedded sources of documents that are made, not read: names and texts."""
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py"}
@@ -68,17 +75,15 @@ def read(source: SourceConfig, *, chat: bool = False) -> Iterator[Document]:
         documents = _read_tree(source.name, Path(os.__file__).parent)
     elif source.name == "pydoc_topics":
         documents = _read_topics(source.name)
-    elif source.name == "arithmetic":
-        documents = (Document(source.name, *named) for named in arithmetic.documents())
-    elif source.name == "key_values":
-        documents = (Document(source.name, *named) for named in key_values.documents())
+    elif source.name in MADE:
+        documents = (Document(source.name, *named) for named in MADE[source.name]())
     elif source.name.startswith("package:"):
         documents = _read_package(source.name)
     else:
         raise ValueError(
             f"data.sources: {source.name!r} is no embedded source (stdlib, pydoc_topics, "
-            "arithmetic, key_values, package:NAME; of conversations instructions, chains); give it "
-            "a path"
+            "arithmetic, key_values, refrains, package:NAME; of conversations instructions, "
+            "chains); give it a path"
         )
     return (d for d in documents if d.text.strip())
 

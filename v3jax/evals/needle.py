@@ -167,7 +167,8 @@ def with_yarn(loaded: Loaded, factor: float | None) -> Loaded:
 def haystack(loaded: Loaded, at_least: int) -> list[list[int]]:
     """Ids of documents that together have so many tokens, those of sources like prose first.
 
-    Of a run they are held-out ones, but for those of `key_values`, which hold facts themselves.
+    Of a run they are held-out ones, but for those of sources that are made, which hold facts and
+    refrains of their own.
 
     Raises:
       ValueError: a run's corpus is not at hand.
@@ -177,14 +178,14 @@ def haystack(loaded: Loaded, at_least: int) -> list[list[int]]:
         by_source = [[document.text for document in sources.read(prose)]]
     else:
         held = held_out(loaded.data)
-        by_source = [[d.text for d in some] for name, some in held if name != "key_values" and some]
+        by_source = [[d.text for d in some] for name, some in held if name not in sources.MADE]
         by_source.sort(key=_letters, reverse=True)
     found: list[list[int]] = []
     for texts in by_source:
         if sum(map(len, found)) < at_least:
             found += loaded.tokenizer.encode_batch([f"{text.strip()}\n" for text in texts])
     if not found:
-        raise ValueError("needle: the run holds nothing out but key_values; add a source of text")
+        raise ValueError("needle: the run holds out no text that was not made; add a source")
     return found
 
 
