@@ -236,6 +236,7 @@ def v3_tiny_base() -> ExperimentConfig:
         data=replace(
             tiny.data,
             tokenizer_vocab_size=1024,
+            isolate_documents=True,
             sources=(
                 SourceConfig(name="stdlib", weight=0.2, max_mb=2.0),
                 SourceConfig(name="pydoc_topics", weight=0.2, max_mb=2.0),
@@ -243,16 +244,21 @@ def v3_tiny_base() -> ExperimentConfig:
                 SourceConfig(name="refrains", weight=0.2, max_mb=8.0),
             ),
             mixture=(
-                (3.2e5 * 0.5, (0.05, 0.05, 0.0, 0.9)),
+                (3.2e5 * 0.35, (0.05, 0.05, 0.1, 0.8)),
                 (3.2e5, (0.2, 0.2, 0.5, 0.1)),
             ),
         ),
-        batch=BatchConfig(micro_batch=8, start=8, end=8, ramp_tokens=0.0),
-        optim=replace(tiny.optim, warmup_steps=50, ema_decay=0.99),
+        batch=BatchConfig(micro_batch=4, start=4, end=4, ramp_tokens=0.0),
+        optim=replace(
+            tiny.optim,
+            warmup_steps=50,
+            phases=tuple(replace(phase, lr=phase.lr / 4) for phase in tiny.optim.phases),
+            ema_decay=0.99,
+        ),
         balance=replace(tiny.balance, bias_speed=((3.2e5 * 14.3 / 14.8, 0.005), (3.2e5, 0.0))),
         run=replace(tiny.run, eval_every=1000, checkpoint_every=200),
     )
-    return scaled_to(cfg, 4.5e6)
+    return scaled_to(cfg, 6e6)
 
 
 @register

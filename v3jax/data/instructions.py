@@ -22,6 +22,8 @@ THINK = "Work it out step by step. Check every step before you answer."
 _CONVERSATIONS, _CHAINS = 24_000, 6_000
 _SHARE_OF_CHAINS = 0.25
 _CONSONANTS = (*"bdfghjklmnprstvwz", "ch", "sh", "th")
+SYLLABLES = tuple(consonant + vowel for vowel in "aeiou" for consonant in _CONSONANTS)
+"""What made-up words are made of."""
 _TOP = 20
 """The largest number in a chain."""
 
@@ -81,8 +83,7 @@ def _form(draw: random.Random, side: Side) -> Problem:
 def made_up(draw: random.Random, side: Side = "train") -> str:
     """A made-up word. There are a million, so that none can be learnt by heart."""
     while True:
-        syllables = (draw.choice(_CONSONANTS) + draw.choice("aeiou") for _ in range(3))
-        if side_of(name := "".join(syllables)) == side:
+        if side_of(name := "".join(draw.choices(SYLLABLES, k=3))) == side:
             return name
 
 

@@ -2,15 +2,17 @@
 
 What follows a word is what followed it before, and nothing else tells: the densest lesson in
 looking back. A small model that meets it learns within a million or two tokens to copy what it has
-read, which facts (`data.key_values`), needles and instructions then build on.
+read, which facts (`data.key_values`), needles and instructions then build on. Some words are much
+more frequent than others, as in any language: with them the model finds out how to copy, and the
+rare ones follow.
 """
 
 import random
 from collections.abc import Iterator
-from itertools import batched
+from itertools import accumulate, batched
 
 from v3jax.data import key_values
-from v3jax.data.instructions import made_up
+from v3jax.data.instructions import SYLLABLES, side_of
 
 _DOCUMENTS = 40_000
 _WORDS = (2, 16)
@@ -28,11 +30,26 @@ def documents() -> Iterator[tuple[str, str]]:
 
 
 def refrain(draw: random.Random) -> str:
-    """Words of `key_values`, and made-up ones, in no order, said again and again."""
-    n_words = draw.randint(*_WORDS)
-    n_known = draw.randint(0, n_words)
-    words = draw.sample(key_values.WORDS, n_known)
-    words += (made_up(draw) for _ in range(n_words - n_known))
-    draw.shuffle(words)
+    """Words in no order, said again and again: those of `key_values`, syllables, made-up words."""
+    words = [_word(draw) for _ in range(draw.randint(*_WORDS))]
     lines = [" ".join(part) for part in batched(words, _A_LINE)]
     return "\n".join(lines * draw.randint(*_TIMES)) + "\n"
+
+
+def _word(draw: random.Random) -> str:
+    kind = draw.random()
+    if kind < 0.4:
+        return draw.choices(key_values.WORDS, cum_weights=_OF_WORDS)[0]
+    while True:
+        n_syllables = 1 if kind < 0.7 else draw.randint(2, 3)
+        word = "".join(draw.choices(SYLLABLES, cum_weights=_OF_SYLLABLES, k=n_syllables))
+        if side_of(word) == "train" or n_syllables == 1:
+            return word
+
+
+def _zipf(n: int) -> list[float]:
+    """Cumulated weights of `n` words by rank."""
+    return list(accumulate(1 / (rank + 5) for rank in range(n)))
+
+
+_OF_WORDS, _OF_SYLLABLES = _zipf(len(key_values.WORDS)), _zipf(len(SYLLABLES))
