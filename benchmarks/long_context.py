@@ -4,9 +4,9 @@
         [--phases=v3_tiny_ctx1k,v3_tiny_ctx4k]
 
 Pre-trains and extends (report section 4.3) with the source `key_values` and without it, everything
-else alike, and prints the share of needles found at each length by every model: before the
-extension without YaRN and with YaRN that no training has seen, and after it. Runs that are finished
-in the folder are not run again. Figures go to results/long_context.json.
+else alike, at once on a core each, and prints the share of needles found at each length by every
+model: before the extension without YaRN and with YaRN that no training has seen, and after it. Runs
+that are finished in the folder are not run again. Figures go to results/long_context.json.
 """
 
 import sys
@@ -18,6 +18,7 @@ from absl import app, flags
 from benchmarks.kept import called, keep, markdown
 from v3jax import host, registry
 from v3jax.ablation import Run, ablate
+from v3jax.config import DataConfig
 from v3jax.evals.needle import needle, with_yarn
 from v3jax.models import open_model
 from v3jax.report import Needles
@@ -29,16 +30,15 @@ _PHASES = flags.DEFINE_list("phases", ["v3_tiny_ctx1k"], "Experiments that exten
 
 BASE = "v3_tiny_base"
 FACTS = "key_values"
-VARIANTS = {f"with {FACTS}": True, f"without {FACTS}": False}
 
 
 def main(argv: list[str]) -> None:
     del argv
     host.prepare()
-    found = {
-        name: [_pipeline(facts, int(seed)) for seed in _SEEDS.value]
-        for name, facts in VARIANTS.items()
-    }
+    found = {f"with {FACTS}": [], f"without {FACTS}": []}
+    for seed in map(int, _SEEDS.value):
+        for kept, runs in zip(found.values(), _train(seed), strict=True):
+            kept.append(_measured(seed, runs))
     for name, seeds in found.items():
         print(f"\n{name}, mean of seeds {', '.join(_SEEDS.value)}; right answers by tokens")
         print(table([one["needles"] for one in seeds]))
@@ -47,14 +47,33 @@ def main(argv: list[str]) -> None:
     keep("long_context", called("long_context"), {"needles a cell": _NEEDLES.value, "runs": found})
 
 
-def _pipeline(facts: bool, seed: int) -> dict[str, Any]:
-    """Trains a base and every phase on it; what each model finds."""
-    base = _train(BASE, facts, seed)
-    runs = {BASE: base}
-    for name in _PHASES.value:
-        before = list(runs.values())[-1].folder
-        runs[name] = _train(name, facts, seed, [f"init_from={before}", f"data.tokenizer={before}"])
-    longest = runs[_PHASES.value[0]].cfg.data.seq_len
+def _train(seed: int) -> list[dict[str, Run]]:
+    """The base and every phase on it, finished: with facts, and without."""
+    chains: list[dict[str, Run]] = [{}, {}]
+    for name in (BASE, *_PHASES.value):
+        cfg = registry.get(name)
+        variants = {name: [], f"{name}_without": [f"data.mixture={without(cfg.data)}"]}
+        for changes, chain in zip(variants.values(), chains, strict=True):
+            if chain:
+                changes.append(f"init_from={list(chain.values())[-1].folder}")
+        runs = ablate(name, variants, folder=_FOLDER.value, seeds=[seed], workers=2)
+        for chain, (run,) in zip(chains, runs.values(), strict=True):
+            chain[name] = run
+    return chains
+
+
+def without(data: DataConfig) -> tuple[tuple[float, tuple[float, ...]], ...]:
+    """The mixture that draws no facts: the other sources in their proportions."""
+    kept = [source.name != FACTS for source in data.sources]
+    return tuple(
+        (until, tuple(weight * keep for weight, keep in zip(weights, kept, strict=True)))
+        for until, weights in data.mixture
+    )
+
+
+def _measured(seed: int, runs: dict[str, Run]) -> dict[str, Any]:
+    """What each model of a chain finds, and how long it was trained."""
+    base, longest = runs[BASE], runs[_PHASES.value[0]].cfg.data.seq_len
     found = {
         f"{BASE}, no YaRN": _search(base, longest),
         f"{BASE}, YaRN untrained": _search(base, longest, factor=40.0),
@@ -68,29 +87,6 @@ def _pipeline(facts: bool, seed: int) -> dict[str, Any]:
         },
         "needles": {name: vars(one) for name, one in found.items()},
     }
-
-
-def _train(exp: str, facts: bool, seed: int, settings: list[str] | None = None) -> Run:
-    """A finished run of an experiment, its source of facts drawn or never drawn."""
-    cfg = registry.get(exp)
-    name = exp if facts else f"{exp}_without"
-    changes = [] if facts else [f"data.mixture={without(cfg.data)}"]
-    (run,) = ablate(
-        cfg,
-        {name: changes},
-        folder=_FOLDER.value,
-        seeds=[seed],
-        settings=settings or [],
-        log=sys.stderr,
-    )[name]
-    return run
-
-
-def without(data: Any) -> tuple[Any, ...]:
-    """The mixture that draws no facts: the other sources in the proportions of the last phase."""
-    (until, weights) = data.mixture[-1]
-    names = [source.name for source in data.sources]
-    return ((until, tuple(0.0 if n == FACTS else w for n, w in zip(names, weights, strict=True))),)
 
 
 def _search(run: Run, longest: int, factor: float | None = None) -> Needles:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning (report section 5.1), on a pod and on a laptop.
 
     python -m v3jax.train --exp=v3_sft --set data.path='chats/*.jsonl'
-    python -m v3jax.train --exp=v3_tiny_sft --set init_from=runs/v3_tiny
+    python -m v3jax.train --exp=v3_tiny_sft --set init_from=runs/v3_tiny_ctx1k
 
 Conversations as .jsonl lines of `messages`, two epochs. The report gives the learning rates, the
 epochs and that samples share rows without seeing each other; the rest is ours: rows of 32K tokens
@@ -14,7 +14,7 @@ balanced for.
 
 from dataclasses import replace
 
-from experiments.tiny import v3_tiny
+from experiments.tiny import v3_tiny_ctx1k
 from experiments.v3 import v3_ctx32k
 from v3jax.config import BatchConfig, ExperimentConfig, LrPhase, MeshConfig, SourceConfig
 from v3jax.registry import register
@@ -68,19 +68,22 @@ def v3_sft() -> ExperimentConfig:
 
 @register
 def v3_tiny_sft() -> ExperimentConfig:
-    """Fine-tuning of a tiny model on `instructions`, two epochs."""
-    tiny = v3_tiny()
+    """Fine-tuning of the extended tiny model on `instructions`, two epochs."""
+    tiny = v3_tiny_ctx1k()
     cfg = replace(
         tiny,
         name="v3_tiny_sft",
-        init_from="runs/v3_tiny",
+        init_from="runs/v3_tiny_ctx1k",
         data=replace(
-            tiny.data, sources=(SourceConfig(name="instructions", weight=1.0, max_mb=10.0),)
+            tiny.data,
+            sources=(SourceConfig(name="instructions", weight=1.0, max_mb=10.0),),
+            mixture=(),
+            seq_len=256,  # several conversations
         ),
-        batch=BatchConfig(micro_batch=8, start=8, end=8, ramp_tokens=0.0),
-        run=replace(tiny.run, eval_every=100, eval_sequences=64, checkpoint_every=200),
+        batch=BatchConfig(micro_batch=4, start=4, end=4, ramp_tokens=0.0),
+        run=replace(tiny.run, eval_every=500, eval_sequences=64, checkpoint_every=500),
     )
-    return _fine_tuned(cfg, tokens=1e6, lr=1e-3)
+    return _fine_tuned(cfg, tokens=1e6, lr=5e-4)
 
 
 @register
