@@ -10,7 +10,6 @@ results/fine_tuning.json.
 """
 
 import json
-from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from benchmarks.kept import called, keep, markdown
 from v3jax import host, registry, train
 from v3jax.config import ExperimentConfig
 from v3jax.data import instructions
-from v3jax.evals.problems import answers, pass_rate
+from v3jax.evals.problems import answers, by_kind, pass_rate
 from v3jax.metrics import read_rows
 from v3jax.models import open_model
 from v3jax.reasoning import Sampling, distil, loop
@@ -90,9 +89,7 @@ def _forms(run: Path) -> dict[str, float]:
     loaded = open_model(run)
     problems = instructions.problems("forms", "held_out", _FORMS.value)
     found = answers(loaded, problems, max_tokens=64)
-    asked = Counter(a.problem.kind for a in found)
-    right = Counter(a.problem.kind for a in found if a.right)
-    return {"all": pass_rate(found)} | {kind: right[kind] / n for kind, n in sorted(asked.items())}
+    return {"all": pass_rate(found)} | {k: pass_rate(some) for k, some in by_kind(found).items()}
 
 
 def _print(found: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SAYS = {
     "balancing": "95% interval|±",  # over seeds
     "fp8": r"fp8: within \d",
+    "long_context": r"extended: \d+\.\d% right up to 256",
     "mtp": "95% interval|±",
     "pipeline": r"\b(\d+) of \1 schedules have",  # the report's bubble and peak
 }

@@ -193,6 +193,21 @@ def test_fine_tuning_learns_answers_and_goes_on_after_a_stop(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"data\.format: figures by source are of text"):
         by_source(tmp_path / "whole")
     assert loaded.chat_template == (tmp_path / "whole" / "chat_template.jinja").read_text()
+    asked = mini.call(
+        mini.command(
+            f"--ckpt={tmp_path / 'whole'}",
+            f"--out={tmp_path / 'out'}",
+            "--tasks=instructions",
+            "--limit=2",
+            "--max-new-tokens=4",
+            program="evaluate",
+        )
+    )
+    assert asked.returncode == 0, asked.stderr
+    figures = json.loads((tmp_path / "out" / "results.json").read_text())["instructions"]
+    assert figures["all forms"] == figures["chains"] == 0  # four tokens are no answer
+    lines = (tmp_path / "out" / "instructions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["right"] for line in lines] == [False] * 4
 
 
 class _Stopped(Exception):

@@ -2,13 +2,15 @@
 
     python -m v3jax.evaluate --ckpt=runs/v3_tiny --tasks=held_out,acceptance
     python -m v3jax.evaluate --ckpt=runs/v3_tiny_ctx1k --tasks=needle [--max-length=N] [--yarn=off]
+    python -m v3jax.evaluate --ckpt=runs/v3_tiny_sft --tasks=instructions
     python -m v3jax.evaluate --ckpt=DeepSeek-V3/ --tasks=mmlu,gsm8k --data=eval_data/ [--limit=100]
     python -m v3jax.evaluate --list
 
 `held_out` (loss, bits a byte and expert load by source) and `acceptance` (of MTP drafts by source)
 need nothing but the run. `needle` (section 4.3, figure 8) takes any model, at lengths beyond its
-own too; a run's map goes into its report.html as well. All other tasks belong to the language model
-evaluation harness (extra `eval`): one file for each row of the report's tables 3 and 6 in
+own too; a run's map goes into its report.html as well. `instructions` asks a fine-tuned model about
+contents that no conversation of the embedded sources holds. All other tasks belong to the language
+model evaluation harness (extra `eval`): one file for each row of the report's tables 3 and 6 in
 `evals/tasks`, `harness:NAME` for one of its own, FILE.yaml for one of yours. They read JSON lines
 from `--data` and never download.
 
@@ -19,6 +21,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,12 @@ _BUILT_IN = {
     "held_out": "loss, bits a byte and expert load on held-out documents by source",
     "acceptance": "MTP drafts that the main model takes, by source",
     "needle": "a fact in a long context is found, by length and depth, as in the report's figure 8",
+    "instructions": "the embedded conversations' instructions, with unseen contents, by form",
 }
+
+
+_INSTRUCTIONS = 400
+"""Problems of forms and of chains that `instructions` asks without --limit."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -98,6 +106,8 @@ def evaluate(ckpt: str, tasks: Sequence[str], out: Path) -> dict[str, Any]:
         results["acceptance"] = _acceptance(ckpt)
     if "needle" in tasks:
         results["needle"] = _needle(ckpt, out)
+    if "instructions" in tasks:
+        results["instructions"] = _instructions(ckpt, out)
     if harness_tasks:
         results |= _harness(ckpt, harness_tasks, out)
     return results
@@ -162,6 +172,24 @@ def _needle(ckpt: str, out: Path) -> dict[str, Any]:
     if as_it_is and keep_needles(epath.Path(ckpt), found):
         print(f"and in {epath.Path(ckpt) / 'report.html'}")
     return vars(found)
+
+
+def _instructions(ckpt: str, out: Path) -> dict[str, float]:
+    from v3jax.data.instructions import problems
+    from v3jax.evals.problems import answers, by_kind, pass_rate
+    from v3jax.models import open_model
+
+    loaded = open_model(ckpt, ema=_EMA.value)
+    n, room = _LIMIT.value or _INSTRUCTIONS, _MAX_NEW.value or 64
+    forms = answers(loaded, problems("forms", "held_out", n), max_tokens=room)
+    chains = answers(loaded, problems("chains", "held_out", n), max_tokens=room)
+    _write_lines(out / "instructions.jsonl", [asdict(answer) for answer in forms + chains])
+    print(f"{'instruction':12s} {'asked':>6s} {'right':>7s}")
+    found = by_kind(forms) | {"all forms": forms, "chains": chains}
+    for kind, some in found.items():
+        print(f"{kind:12s} {len(some):6d} {pass_rate(some):7.1%}")
+    print(f"answers: {out / 'instructions.jsonl'}")
+    return {kind: pass_rate(some) for kind, some in found.items()}
 
 
 def _yarn_factor(text: str) -> float | None:

@@ -31,6 +31,12 @@ def pass_rate(answers: Sequence[Answer]) -> float:
     return sum(answer.right for answer in answers) / max(len(answers), 1)
 
 
+def by_kind(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
+    """The answers of each kind of problem, kinds in alphabetical order."""
+    kinds = sorted({answer.problem.kind for answer in answers})
+    return {kind: [a for a in answers if a.problem.kind == kind] for kind in kinds}
+
+
 def answers(
     loaded: Loaded,
     problems: Sequence[Problem],
