@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
         print(table([one["needles"] for one in seeds]))
         for one in seeds:
             print(f"seed {one['seed']}: " + minutes(one["seconds"]))
+    print(f"\n{readme(found)}")
     keep("long_context", called("long_context"), {"needles a cell": _NEEDLES.value, "runs": found})
 
 
@@ -96,6 +97,20 @@ def _search(run: Run, longest: int, factor: float | None = None) -> Needles:
     found = needle(loaded, longest=longest, n_needles=_NEEDLES.value)
     print(f"{run.folder.name}: {found.exact:.1%} of needles found up to {longest}", file=sys.stderr)
     return found
+
+
+def readme(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Right answers at some lengths and in all, a row for each model with facts and without."""
+    rows, at = [], (128, 256, 512, 768, 1024)
+    for kind, seeds in found.items():
+        for name in seeds[0]["needles"]:
+            some = [Needles(**one["needles"][name]) for one in seeds]
+            shares = np.mean([one.exact_L for one in some], axis=0)
+            by_length = dict(zip(some[0].lengths, shares, strict=True))
+            if at[-1] == some[0].lengths[-1]:
+                cells = [f"{by_length[n]:.0%}" for n in at]
+                rows.append([f"{name}, {kind}", *cells, f"{shares.mean():.1%}"])
+    return markdown(["tokens", *map(str, at), "all 15 lengths"], rows)
 
 
 def table(seeds: list[dict[str, dict[str, Any]]]) -> str:
