@@ -1,8 +1,9 @@
 """Fine-tuning a tiny model, and reasoning data of an expert (report section 5.1).
 
     python -m benchmarks.fine_tuning --base=DIR [--seeds=0,1,2] [--folder=runs/fine_tuning]
+        [--forms=400] [--problems=3000] [--test=200]
 
-From a trained run: an expert that works chains out, and for each seed a first fine-tuning, how
+From `v3_tiny_ctx1k`: an expert that works chains out, and for each seed a first fine-tuning, how
 often it follows an instruction whose contents no training saw, what the expert's checked answers
 are, and a second fine-tuning with them; held-out problems solved before and after, asked plainly
 and under the system prompt. Runs that are finished in the folder are not run again. Figures go to
@@ -29,7 +30,7 @@ _BASE = flags.DEFINE_string("base", None, "Run directory of the model to fine-tu
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Values of run.seed.")
 _FOLDER = flags.DEFINE_string("folder", "runs/fine_tuning", "Where the runs are.")
 _FORMS = flags.DEFINE_integer("forms", 400, "Instructions that are asked.", lower_bound=1)
-_PROBLEMS = flags.DEFINE_integer("problems", 800, "Problems the expert is asked.", lower_bound=1)
+_PROBLEMS = flags.DEFINE_integer("problems", 3000, "Problems the expert is asked.", lower_bound=1)
 _TEST = flags.DEFINE_integer("test", 200, "Held-out problems.", lower_bound=1)
 
 
@@ -62,7 +63,7 @@ def _one_seed(seed: int, folder: Path, expert: Path) -> dict[str, Any]:
     seconds = _train(_experiment("v3_tiny_sft", seed), first)
     forms = _forms(first)
     how = Sampling(
-        samples=4, temperature=1.0, top_p=1.0, max_tokens=96, seed=seed, system=instructions.THINK
+        samples=2, temperature=1.0, top_p=1.0, max_tokens=96, seed=seed, system=instructions.THINK
     )
     out = folder / f"distilled-{seed}"
     out.mkdir(parents=True, exist_ok=True)

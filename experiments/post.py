@@ -88,7 +88,14 @@ def v3_tiny_sft() -> ExperimentConfig:
 
 @register
 def v3_tiny_expert() -> ExperimentConfig:
-    """A tiny expert that works chains out step by step, for `v3jax.distill`."""
+    """A tiny expert that works chains out step by step, for `v3jax.distill`: four epochs of them."""
     cfg = v3_tiny_sft()
-    sources = (SourceConfig(name="chains", weight=1.0, max_mb=10.0),)
-    return replace(cfg, name="v3_tiny_expert", data=replace(cfg.data, sources=sources))
+    start, cosine = cfg.optim.phases
+    phases = (replace(start, lr=1e-3), replace(cosine, lr=1e-4))
+    return replace(
+        cfg,
+        name="v3_tiny_expert",
+        data=replace(cfg.data, sources=(SourceConfig(name="chains", weight=1.0, max_mb=10.0),)),
+        optim=replace(cfg.optim, phases=phases),
+        run=replace(cfg.run, epochs=4.0),
+    )
