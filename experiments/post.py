@@ -88,7 +88,7 @@ def v3_tiny_sft() -> ExperimentConfig:
 
 @register
 def v3_tiny_expert() -> ExperimentConfig:
-    """A tiny expert that works chains out step by step, for `v3jax.distill`: four epochs of them."""
+    """An expert that works chains out step by step, for `v3jax.distill`: four epochs of them."""
     cfg = v3_tiny_sft()
     start, cosine = cfg.optim.phases
     phases = (replace(start, lr=1e-3), replace(cosine, lr=1e-4))
