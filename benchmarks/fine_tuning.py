@@ -41,8 +41,10 @@ def main(argv: list[str]) -> None:
     expert = folder / "expert"
     seconds = {"expert": _train(_experiment("v3_tiny_expert", 0), expert)}
     found = [_one_seed(int(seed), folder, expert) for seed in _SEEDS.value]
-    _print(found)
-    results = {"seconds": seconds, "seeds": found}
+    rows = by_seed(found)
+    print(markdown(list(rows[0]), [list(row.values()) for row in rows]))
+    print("by form: " + ", ".join(f"{k} {v:.0%}" for k, v in found[0]["forms"].items()))
+    results = {"seconds": seconds, "by seed": rows, "seeds": found}
     keep("fine_tuning", called("fine_tuning"), results)
 
 
@@ -93,17 +95,17 @@ def _forms(run: Path) -> dict[str, float]:
     return {"all": pass_rate(found)} | {k: pass_rate(some) for k, some in by_kind(found).items()}
 
 
-def _print(found: list[dict[str, Any]]) -> None:
-    head = ["seed", *found[0]["forms"]]
-    rows = [[str(f["seed"]), *(f"{share:.0%}" for share in f["forms"].values())] for f in found]
-    print(markdown(head, rows))
-    head = ["seed", "expert right", "before", "before, asked to reason", "after", "after, asked"]
+def by_seed(found: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """What is right of the forms and of the held-out chains, by seed."""
     rows = []
-    for f in found:
-        shares = [f[when][how][0] for when in ("before", "after") for how in ("plain", "reasoned")]
-        expert = f["distilled"]["right"] / f["distilled"]["answers"]
-        rows.append([str(f["seed"]), *(f"{share:.1%}" for share in (expert, *shares))])
-    print(markdown(head, rows))
+    for one in found:
+        row = {"seed": str(one["seed"]), "forms": f"{one['forms']['all']:.1%}"}
+        row["expert"] = f"{one['distilled']['right'] / one['distilled']['answers']:.1%}"
+        for when in ("before", "after"):
+            row[f"chains {when}"] = f"{one[when]['plain'][0]:.1%}"
+            row[f"chains {when}, asked to reason"] = f"{one[when]['reasoned'][0]:.1%}"
+        rows.append(row | {"forms after": f"{one['after_forms']['all']:.1%}"})
+    return rows
 
 
 if __name__ == "__main__":

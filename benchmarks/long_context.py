@@ -44,8 +44,10 @@ def main(argv: list[str]) -> None:
         print(table([one["needles"] for one in seeds]))
         for one in seeds:
             print(f"seed {one['seed']}: " + minutes(one["seconds"]))
-    print(f"\n{readme(found)}")
-    keep("long_context", called("long_context"), {"needles a cell": _NEEDLES.value, "runs": found})
+    rows = short(found, registry.get(_PHASES.value[0]).data.seq_len)
+    print("\n" + markdown(list(rows[0]), [list(row.values()) for row in rows]))
+    results = {"needles a cell": _NEEDLES.value, "found": rows, "runs": found}
+    keep("long_context", called("long_context"), results)
 
 
 def _train(seed: int) -> list[dict[str, Run]]:
@@ -99,18 +101,21 @@ def _search(run: Run, longest: int, factor: float | None = None) -> Needles:
     return found
 
 
-def readme(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Right answers at some lengths and in all, a row for each model with facts and without."""
-    rows, at = [], (128, 256, 512, 768, 1024)
+def short(found: dict[str, list[dict[str, Any]]], longest: int) -> list[dict[str, str]]:
+    """Right answers at some lengths and in all, of each model searched up to `longest`."""
+    rows, at = [], [longest * n // 8 for n in (1, 2, 4, 6, 8)]
     for kind, seeds in found.items():
         for name in seeds[0]["needles"]:
             some = [Needles(**one["needles"][name]) for one in seeds]
-            shares = np.mean([one.exact_L for one in some], axis=0)
-            by_length = dict(zip(some[0].lengths, shares, strict=True))
-            if at[-1] == some[0].lengths[-1]:
-                cells = [f"{by_length[n]:.0%}" for n in at]
-                rows.append([f"{name}, {kind}", *cells, f"{shares.mean():.1%}"])
-    return markdown(["tokens", *map(str, at), "all 15 lengths"], rows)
+            if some[0].lengths[-1] == longest:
+                shares = np.mean([one.exact_L for one in some], axis=0)
+                by_length = dict(zip(some[0].lengths, shares, strict=True))
+                rows.append(
+                    {"needles found": f"{name}, {kind}"}
+                    | {f"{n:,} tokens": f"{by_length[n]:.0%}" for n in at}
+                    | {"all 15 lengths": f"{shares.mean():.1%}"}
+                )
+    return rows
 
 
 def table(seeds: list[dict[str, dict[str, Any]]]) -> str:
