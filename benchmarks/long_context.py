@@ -97,7 +97,7 @@ def _search(run: Run, longest: int, factor: float | None = None) -> Needles:
     if factor is not None:
         loaded = with_yarn(loaded, factor)
     found = needle(loaded, longest=longest, n_needles=_NEEDLES.value)
-    print(f"{run.folder.name}: {found.exact:.1%} of needles found up to {longest}", file=sys.stderr)
+    print(f"{run.variant}: {found.exact:.1%} of needles found up to {longest}", file=sys.stderr)
     return found
 
 
