@@ -129,7 +129,7 @@ def test_the_list_has_every_task_with_its_data_and_reason(tmp_path: Path) -> Non
     done = call("--list", f"--data={tmp_path}")
     assert done.returncode == 0
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
-    assert len(lines) == len(catalogue.files()) + len(catalogue.not_runnable()) + 3
+    assert len(lines) == len(catalogue.files()) + len(catalogue.not_runnable()) + 4
     assert "no data" not in lines["gsm8k"]
     assert "no data" in lines["mmlu"]
     assert "not runnable" in lines["swe_verified"]
