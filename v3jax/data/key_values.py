@@ -71,6 +71,7 @@ SECOND = _words(
 """Second words of values."""
 
 WORDS = KEYS + FIRST + SECOND
+"""All of them, which `data.refrains` says again too."""
 
 _SUBJECTS = _words(
     """child farmer teacher sailor doctor neighbour king soldier painter baker driver writer
