@@ -43,6 +43,8 @@ def main(argv: list[str]) -> None:
     found = [_one_seed(int(seed), folder, expert) for seed in _SEEDS.value]
     rows = by_seed(found)
     print(markdown(list(rows[0]), [list(row.values()) for row in rows]))
+    print(f"minutes of steps: expert {seconds['expert'] / 60:.1f}, first fine-tuning ", end="")
+    print(", ".join(f"{one['seconds_of_fine_tuning'] / 60:.1f}" for one in found))
     print("by form: " + ", ".join(f"{k} {v:.0%}" for k, v in found[0]["forms"].items()))
     results = {"seconds": seconds, "by seed": rows, "seeds": found}
     keep("fine_tuning", called("fine_tuning"), results)
@@ -73,9 +75,10 @@ def _one_seed(seed: int, folder: Path, expert: Path) -> dict[str, Any]:
     asked = instructions.problems("chains", "train", _PROBLEMS.value * (seed + 1))
     made = distil(str(expert), asked[-_PROBLEMS.value :], out, how)
     test = instructions.problems("chains", "held_out", _TEST.value)
-    if not (out / "report.json").exists():
-        loop(_experiment("v3_tiny_sft", seed), made, str(first), test, out, how)
-    looped = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    report = out / "report.json"
+    looped = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+    if looped.get("held_out_problems") != len(test):
+        looped = loop(_experiment("v3_tiny_sft", seed), made, str(first), test, out, how)
     return {
         "seed": seed,
         "seconds_of_fine_tuning": seconds,

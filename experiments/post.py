@@ -1,7 +1,7 @@
 """Supervised fine-tuning (report section 5.1), on a pod and on a laptop.
 
     python -m v3jax.train --exp=v3_sft --set data.path='chats/*.jsonl'
-    python -m v3jax.train --exp=v3_tiny_sft --set init_from=runs/v3_tiny_ctx1k
+    python -m v3jax.train --exp=v3_tiny_sft
 
 Conversations as .jsonl lines of `messages`, two epochs. The report gives the learning rates, the
 epochs and that samples share rows without seeing each other; the rest is ours: rows of 32K tokens

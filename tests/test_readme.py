@@ -70,6 +70,7 @@ def test_tables_of_compiled_steps_are_those_of_the_kept_results(readme: str, rep
         ("prepare", "domains", 13),
         ("tokenizer", "bytes a token", 13),
         ("long_context", "found", 6),
+        ("phases", "phases", 4),
         ("fine_tuning", "by seed", 3),
     ],
 )

@@ -76,11 +76,11 @@ _FORMS: dict[str, tuple[int, Callable[..., str], Callable[..., str]]] = {
 def _form(draw: random.Random, side: Side) -> Problem:
     kind = draw.choice(sorted(_FORMS))
     n_words, ask, answer = _FORMS[kind]
-    words = [made_up(draw, side) for _ in range(n_words)]
+    words = [_made_up(draw, side) for _ in range(n_words)]
     return Problem(kind, _asked(ask(*words)), answer(*words), "exact")
 
 
-def made_up(draw: random.Random, side: Side = "train") -> str:
+def _made_up(draw: random.Random, side: Side) -> str:
     """A made-up word. There are a million, so that none can be learnt by heart."""
     while True:
         if side_of(name := "".join(draw.choices(SYLLABLES, k=3))) == side:

@@ -1,10 +1,9 @@
 """Short documents that say words in no order a few times over, made here.
 
 What follows a word is what followed it before, and nothing else tells: the densest lesson in
-looking back. A small model that meets it learns within a million or two tokens to copy what it has
-read, which facts (`data.key_values`), needles and instructions then build on. Some words are much
-more frequent than others, as in any language: with them the model finds out how to copy, and the
-rare ones follow.
+looking back. A small model learns from it to copy what it has read, which facts
+(`data.key_values`), needles and instructions then build on. Some words are much more frequent than
+others, as in any language: with them the model finds out how to copy, and the rare ones follow.
 """
 
 import random
